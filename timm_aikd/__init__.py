@@ -1,0 +1,47 @@
+"""AI-KD self-knowledge distillation (https://arxiv.org/abs/2211.10938) for timm.
+
+The files, in reading order:
+
+    loss           the equations: one pure function a term
+    discriminator  the discriminator and its sidecar optimizer
+    memory         the student's predictions of the previous epoch
+    teacher        a spec (Hub id, folder, file, timm model name) -> a frozen, checked teacher
+    calibration    temperature scaling, ECE, AURC
+    config         every option, once
+    aikd           the method: the parts above joined into one regularised loss
+    task           the method as a timm training task
+    patch          the only file that touches a training script
+    autoload       arms patch when torch is imported
+    launch         runs a script with the patch armed (`python -m timm_aikd train.py ...`)
+
+Importing this package imports neither torch nor timm.
+"""
+import importlib
+
+__version__ = '0.1.0'
+
+_HOME = {
+    'Aikd': 'aikd',
+    'AikdConfig': 'config',
+    'AikdTask': 'task',
+    'Discriminator': 'discriminator',
+    'SnapshotMemory': 'memory',
+    'Teacher': 'teacher',
+    'load_teacher': 'teacher',
+}
+
+__all__ = ['AikdError', *_HOME]
+
+
+class AikdError(ValueError):
+    """A mistake the user can mend, said in one line: what is wrong, the value, what is allowed, the remedy."""
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

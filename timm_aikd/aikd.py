@@ -1,0 +1,293 @@
+"""The method: task loss, progressive, kd and adversarial terms joined into one regularised loss."""
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from . import AikdError
+from .calibration import TEMPERATURE_RANGE, fit_temperature, gather_rows
+from .config import AikdConfig
+from .discriminator import Discriminator
+from .loss import alpha_at, binary_soft_loss, kd_loss, progressive_loss, top1
+from .memory import SnapshotMemory
+from .teacher import Teacher, better_than_chance
+
+_logger = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+_CHANCE_SAMPLES = 1024  # training samples, over all ranks, after which the teacher's top-1 is tested
+_CHANCE_MINIMUM = 128  # fewer than these say too little at the end of an epoch
+
+# What a step adds to the epoch's sums, each times the batch size: its mean over the epoch's samples is reported.
+_MEANS = ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1')
+
+
+class Aikd(nn.Module):
+    """AI-KD's regularisation of a task loss; it knows nothing of how the student is trained.
+
+    Between `begin_epoch` and `end_epoch`, call the module once a batch. A term of weight 0 does no work: with all
+    three at 0 the loss is the task loss itself. No step waits for the device.
+
+    Args:
+        num_classes: Number of classes C, at least 2.
+        teacher: A `Teacher`, or any module that maps the student's input to logits [B, C]; frozen here. May be None
+            where neither the kd nor the adversarial term is on.
+        config: The options.
+        epochs: Scheduled epochs T, over which the progressive term's weight grows.
+        binary: The criterion is a BCE: predictions are C independent probabilities.
+        sum_classes: That BCE sums over the classes rather than averaging.
+        device: Where the student runs.
+
+    Raises:
+        AikdError: Fewer than two classes, no epochs, or no teacher where one is needed.
+        ValueError: The discriminator's optimizer cannot be used.
+    """
+
+    def __init__(
+            self,
+            num_classes: int,
+            teacher: nn.Module | None = None,
+            config: AikdConfig | None = None,
+            epochs: int = 1,
+            binary: bool = False,
+            sum_classes: bool = False,
+            device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.config = config = config or AikdConfig()
+        if num_classes < 2:
+            raise AikdError(f'AI-KD needs at least 2 classes, the student has {num_classes}')
+        if epochs < 1:
+            raise AikdError(f'AI-KD needs at least 1 scheduled epoch, not {epochs}')
+        if config.has_teacher and teacher is None:
+            raise AikdError('AI-KD needs a teacher: give one, or set the kd and adversarial weights to 0')
+        self.num_classes, self.epochs, self.binary, self.sum_classes = num_classes, epochs, binary, sum_classes
+        self.teacher: Teacher | None = None
+        self.discriminator: Discriminator | None = None
+        self.needs_temperature = False
+        self.memory = SnapshotMemory() if config.alpha > 0 else None
+        if config.has_teacher:
+            self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher).to(device)
+            self._set_temperature(config.teacher_temperature)
+        if config.has_teacher and config.adv_weight > 0:
+            self.discriminator = Discriminator(
+                num_classes, config.disc_hidden, config.disc_input, config.adv_loss, config.disc_opt, config.disc_lr,
+                config.seed, binary, device)
+        self.epoch = 0
+        self.alpha = 0.
+        self.steps = 0  # taken by this object, in any epoch
+        self._chance_seen: int | None = 0  # samples so far; None: tested
+        self.register_buffer('_sums', torch.zeros(len(_MEANS) + 2, device=device), persistent=False)
+        self.register_buffer('_chance_correct', torch.zeros((), device=device), persistent=False)
+
+    def _set_temperature(self, temperature: float | str) -> None:
+        self.needs_temperature = temperature == 'auto'
+        if self.teacher is not None:
+            self.teacher.temperature = 1. if self.needs_temperature else float(temperature)
+
+    def compile(self, **kwargs) -> None:
+        """Compile the two networks that only run forward; arguments as those of `torch.compile`."""
+        for module in (self.teacher, self.memory):
+            if module is not None:
+                module.compile(**kwargs)
+
+    @torch.no_grad()
+    def fit_teacher_temperature(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        """Fit T_c to labelled validation images, normalised as the student's, and keep it.
+
+        Under torch.distributed every rank calls this with its own share of the images.
+
+        Returns:
+            `temperature`, and the teacher's `top1` (percent) on the `samples` images used.
+        """
+        assert self.teacher is not None
+        self.teacher.temperature = 1.
+        outputs = [(self.teacher(input), target) for input, target in batches]
+        logits = gather_rows(torch.cat([logits for logits, _ in outputs]))
+        target = gather_rows(torch.cat([target for _, target in outputs]))
+        if logits.shape[-1] != self.num_classes or not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
+            raise AikdError(
+                f'AI-KD: the teacher has {logits.shape[-1]} classes, the validation labels go from {int(target.min())} '
+                f'to {int(target.max())}, the student has {self.num_classes} classes: they must agree')
+        temperature = torch.tensor(fit_temperature(logits, target, self.binary), device=logits.device)
+        if _distributed():
+            dist.broadcast(temperature, 0)
+        self._set_temperature(temperature.item())
+        if temperature <= TEMPERATURE_RANGE[0] * 1.01 or temperature >= TEMPERATURE_RANGE[1] * 0.99:
+            _logger.warning(
+                f'AI-KD: T_c ran into the end of its range, {TEMPERATURE_RANGE}: these images cannot tell it; '
+                f'set --aikd-teacher-temperature')
+        correct = top1(logits, target)[1]
+        return {
+            'temperature': self.teacher.temperature,
+            'top1': 100 * correct.float().mean().item(),
+            'samples': len(target),
+        }
+
+    def begin_epoch(self, epoch: int, student: nn.Module) -> None:
+        """Set the epoch's weights and remember the (unwrapped) student as it is now, which is as it was at the end of
+        the previous epoch.
+
+        Args:
+            epoch: From 0.
+            student: The module in training, without DDP, compile or EMA around it.
+        """
+        config = self.config
+        self.epoch = epoch
+        self.alpha = alpha_at(epoch, self.epochs, config.alpha)
+        self.adv_weight = config.adv_weight * (min(epoch / config.adv_warmup, 1.) if config.adv_warmup else 1.)
+        self._sums.zero_()
+        if self.memory is not None and self.alpha > 0:
+            self.memory.remember(student)
+
+    def forward(
+            self,
+            input: torch.Tensor,
+            logits: torch.Tensor,
+            target: torch.Tensor,
+            task_loss: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Regularise the task loss of one batch.
+
+        Args:
+            input: The batch as the student saw it [B, ...].
+            logits: The student's output [B, C].
+            target: Hard [B] or soft [B, C] targets.
+            task_loss: What the script's criterion made of `logits` and `target`.
+
+        Returns:
+            `loss`, and detached `task_loss`, `progressive_loss`, `kd_loss`, `adv_loss`, `disc_loss`, unweighted; a
+            term that is off is 0.
+
+        Raises:
+            AikdError: The teacher's logits are not shaped as the student's, or its top-1 is no better than chance.
+        """
+        config = self.config
+        zero = torch.zeros((), device=logits.device)
+        progressive = kd = adv = disc = accuracy = correct = zero
+        stepped = torch.ones((), dtype=torch.bool, device=logits.device)
+        loss = task_loss
+        if self.alpha > 0:
+            past = self.memory(input)
+            progressive = self._soft_loss(progressive_loss, logits, past, config.progressive_temperature)
+            loss = (1 - self.alpha) * loss + self.alpha * progressive
+        if self.teacher is not None:
+            teacher_logits = self.teacher(input)
+            if teacher_logits.shape != logits.shape:
+                raise AikdError(
+                    f'AI-KD: the teacher answers {list(teacher_logits.shape)}, the student {list(logits.shape)}: '
+                    f'they must have the same classes')
+            correct = top1(teacher_logits, target)[1].float()
+            if config.kd_weight > 0:
+                kd = self._soft_loss(kd_loss, logits, teacher_logits, config.temperature)
+                loss = loss + config.kd_weight * kd
+            if self.discriminator is not None:
+                disc, accuracy, stepped = self.discriminator.update(teacher_logits, logits)
+                adv = torch.where(stepped, self.discriminator.generator_loss(logits), 0.)
+                loss = loss + self.adv_weight * adv
+            self._watch_chance(correct)
+        self._count(len(logits), stepped, task_loss, progressive, kd, adv, disc, accuracy, correct.mean())
+        parts = {'task': task_loss, 'progressive': progressive, 'kd': kd, 'adv': adv, 'disc': disc}
+        # clones: the script divides result['loss'] in place, which may be task_loss itself
+        return {'loss': loss, **{f'{name}_loss': part.detach().clone() for name, part in parts.items()}}
+
+    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float) -> torch.Tensor:
+        if self.binary:
+            return binary_soft_loss(logits, soft, temperature, self.sum_classes)
+        return softmax_loss(logits, soft, temperature)
+
+    @torch.no_grad()
+    def _count(self, samples: int, stepped: torch.Tensor, *means: torch.Tensor) -> None:
+        self.steps += 1
+        disc = _MEANS.index('disc')
+        values = [value.detach().float() for value in means]
+        values[disc:disc + 2] = [torch.where(stepped, value, 0.) for value in values[disc:disc + 2]]
+        self._sums += samples * torch.stack([*values, torch.ones_like(values[0]), (~stepped).float() / samples])
+
+    def _watch_chance(self, correct: torch.Tensor) -> None:
+        if self._chance_seen is not None:
+            self._chance_correct += correct.sum()
+            self._chance_seen += len(correct)
+            if self._chance_seen * _world_size() >= _CHANCE_SAMPLES:
+                self._test_chance()
+
+    def _test_chance(self) -> None:
+        """Stop the run if the teacher's first answers were no better than guessing: the one sync of the first epoch."""
+        counts = torch.stack([self._chance_correct, self._chance_correct.new_tensor(float(self._chance_seen))])
+        if _distributed():
+            dist.all_reduce(counts)
+        correct, count = map(int, counts.tolist())
+        self._chance_seen = None
+        if not better_than_chance(correct, count, self.num_classes):
+            raise AikdError(
+                f'AI-KD: teacher {self.teacher.name} is right on {100 * correct / count:.1f} % of the first {count} '
+                f'training samples, no better than chance ({100 / self.num_classes:.1f} %): wrong class order or a '
+                f'broken checkpoint; check --aikd-teacher and the data set\'s --class-map')
+
+    def end_epoch(self) -> dict[str, float]:
+        """Metrics of the epoch, averaged over its samples and over the ranks; the epoch's only device sync.
+
+        Returns:
+            Means of the terms, unweighted: `task`, `progressive`, `kd`, `adv`, `disc`; the weight `alpha`;
+            `disc_accuracy`, how often D told the two outputs for a sample apart (0.5 is chance); `disc_skipped`,
+            steps that D skipped; `teacher_top1` on the training batches, in percent.
+
+        Raises:
+            AikdError: The teacher's top-1 is no better than chance.
+        """
+        if self.teacher is not None and (self._chance_seen or 0) * _world_size() >= _CHANCE_MINIMUM:
+            self._test_chance()
+        sums = self._sums.clone()
+        if _distributed():
+            dist.all_reduce(sums)
+        *totals, samples, skipped = sums.tolist()
+        metrics = dict(zip(_MEANS, (total / max(samples, 1) for total in totals), strict=True))
+        metrics['teacher_top1'] *= 100
+        return {**metrics, 'alpha': self.alpha, 'disc_skipped': skipped / _world_size()}
+
+    def get_state(self) -> dict[str, Any]:
+        """State for a checkpoint: tensors and plain containers, no weights of the teacher or of the memory."""
+        state = {'version': _STATE_VERSION, 'config': self.config.to_dict(), 'epoch': self.epoch}
+        if self.teacher is not None and not self.needs_temperature:
+            state['teacher_temperature'] = self.teacher.temperature
+        if self.discriminator is not None:
+            state['discriminator'] = self.discriminator.get_state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `get_state`; options that changed since are reported, and the new ones hold.
+
+        Raises:
+            AikdError: The state is not ours or of a newer version, or its discriminator has another shape.
+        """
+        if state.get('version') != _STATE_VERSION:
+            raise AikdError(
+                f'AI-KD: the checkpoint\'s state is of version {state.get("version")!r}, known is {_STATE_VERSION}: '
+                f'install the timm-aikd that wrote it')
+        config, changed = self.config.to_dict(), state['config']
+        for name in sorted(config.keys() | changed.keys()):
+            if config.get(name) != changed.get(name):
+                _logger.warning(
+                    f'AI-KD: aikd_{name} was {changed.get(name)!r} in the checkpoint, is {config.get(name)!r} now')
+        if self.teacher is not None and self.needs_temperature and config['teacher'] == changed.get('teacher'):
+            self._set_temperature(state.get('teacher_temperature', 'auto'))
+        if self.discriminator is not None and 'discriminator' in state:
+            try:
+                self.discriminator.load_state(state['discriminator'])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise AikdError(
+                    'AI-KD: the checkpoint\'s discriminator does not fit the present one: keep the --aikd-disc-* '
+                    'options of the checkpoint') from error
+        elif self.discriminator is not None:
+            _logger.warning('AI-KD: the checkpoint has no discriminator: it starts fresh')
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _distributed() else 1

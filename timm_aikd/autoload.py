@@ -1,0 +1,68 @@
+"""The `torch.backends` entry point: makes timm's training scripts understand `--aikd`. Standard library only.
+
+PyTorch calls `arm` at the end of `import torch`. It wraps `argparse.ArgumentParser.parse_known_args` and does nothing
+else: at a script's first parse the wrapper looks for a parser with the signature of timm's train.py in the globals of
+the calling module, adds the AI-KD options to it, and gives argparse back its own method. Parsers of other programs
+are left alone. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `TIMM_AIKD_AUTOLOAD=0` turns it off.
+"""
+import argparse
+import os
+import sys
+
+# Options that timm's training scripts have had since 0.9 and that no other script of timm has all of.
+SIGNATURE = {'model', 'epochs', 'sched', 'opt', 'mixup', 'cutmix', 'smoothing', 'bce_loss', 'model_ema'}
+
+_original = None
+
+
+def arm() -> None:
+    """The entry point. It never raises: no failure here may break `import torch`."""
+    try:
+        if os.environ.get('TIMM_AIKD_AUTOLOAD', '1') != '0':
+            watch_parsers()
+    except Exception:
+        pass
+
+
+def watch_parsers() -> None:
+    """Wrap argparse until a training script is found; a second call is harmless."""
+    global _original
+    if _original is None:
+        _original = argparse.ArgumentParser.parse_known_args
+        argparse.ArgumentParser.parse_known_args = _parse_known_args
+
+
+def unwatch_parsers() -> None:
+    """Give argparse its own method back, unless somebody else has wrapped it since."""
+    global _original
+    if _original is not None and argparse.ArgumentParser.parse_known_args is _parse_known_args:
+        argparse.ArgumentParser.parse_known_args = _original
+        _original = None
+
+
+def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
+    parse = _original or argparse.ArgumentParser.parse_known_args
+    try:
+        script = _calling_globals()
+        found = [parser for parser in {id(x): x for x in [*script.values(), self]}.values() if _is_training(parser)]
+    except Exception:
+        found = []  # not our script, whatever it is
+    if found:
+        from . import patch
+        unwatch_parsers()
+        for parser in found:
+            patch.adopt(parser, script)
+        parse = type(self).parse_known_args if self not in found else self.parse_known_args.__func__
+    return parse(self, args, namespace, *more, **kwargs)
+
+
+def _calling_globals() -> dict:
+    """Globals of the module that asked for the parse: the first frame outside argparse and this file."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get('__name__') in (__name__, argparse.__name__):
+        frame = frame.f_back
+    return frame.f_globals
+
+
+def _is_training(parser) -> bool:
+    return isinstance(parser, argparse.ArgumentParser) and SIGNATURE <= {action.dest for action in parser._actions}

@@ -1,0 +1,156 @@
+"""Every option once: its flag, YAML key, checkpoint entry and row in the README's table come from here."""
+import argparse
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from . import AikdError
+from .loss import ADV_LOSSES, DISC_INPUTS
+
+
+def _option(default: Any, help: str, **rule: Any) -> Any:
+    """A field with its help text and what `_check` needs: type, low, high, open_low, choices, word, metavar."""
+    rule.setdefault('type', type(default))
+    return field(default=default, metadata={'help': help, **rule})
+
+
+@dataclass(frozen=True)
+class AikdConfig:
+    """All options of AI-KD; the flag of a field is `--aikd-` and its name with dashes.
+
+    Numbers must be finite and within the range that their help text gives.
+
+    Raises:
+        AikdError: An option is out of its range or of the wrong type.
+    """
+
+    teacher: str | None = _option(
+        None, 'the frozen pre-trained model: hf-hub:ORG/NAME[@REVISION], local-dir:PATH, a weights file, the output '
+        'folder of a run (its model_best), a timm model name, or none (kd and adversarial terms off)',
+        type=str, metavar='SPEC')
+    teacher_model: str | None = _option(
+        None, 'architecture of a bare weights file (default: the one stored in it, else --model)',
+        type=str, metavar='NAME')
+    teacher_dtype: str = _option(
+        'auto', 'precision the teacher runs in; auto: as the student',
+        choices=('auto', 'float32', 'bfloat16', 'float16'))
+    teacher_temperature: float | str = _option(
+        'auto', 'T_c, divides the teacher\'s logits: below 1 makes it surer, above 1 less sure; auto: fitted on at '
+        'most 2,048 validation images before training, 1 without a validation split',
+        type=float, low=0, open_low=True, word='auto', metavar='T')
+    kd_weight: float = _option(
+        1., 'weight of the kd term; 0: no kd', low=0, metavar='W')
+    temperature: float = _option(
+        2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
+        low=0, open_low=True, metavar='T')
+    alpha: float = _option(
+        0.8, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
+        '1: the targets are ignored at the end', low=0, high=1, metavar='A')
+    progressive_temperature: float = _option(
+        4., 'tau_p of the progressive term; 1 is PS-KD', low=0, open_low=True, metavar='T')
+    adv_weight: float = _option(
+        0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
+    adv_loss: str = _option('bce', 'adversarial loss', choices=ADV_LOSSES)
+    adv_warmup: float = _option(
+        0., 'epochs over which the adversarial weight grows from 0 while the discriminator already learns; 0: none',
+        low=0, metavar='EPOCHS')
+    disc_input: str = _option('log-probs', 'what the discriminator sees of an output', choices=DISC_INPUTS)
+    disc_hidden: tuple[int, ...] = _option(
+        (256, 256), 'widths of the discriminator\'s hidden layers', type=int, low=1, high=65536, metavar='W')
+    disc_opt: str = _option('adamw', 'optimizer of the discriminator, any first-order one of timm', metavar='NAME')
+    disc_lr: float = _option(1e-3, 'learning rate of the discriminator', low=0, open_low=True, metavar='LR')
+    memory: str = _option(
+        'auto', 'where the previous epoch\'s predictions come from; snapshot: a copy of the student as it was, run on '
+        'the same input; auto: snapshot', choices=('auto', 'snapshot'))
+    seed: int = _option(0, 'seeds the discriminator alone', low=0, high=2 ** 63 - 1, metavar='N')
+
+    def __post_init__(self):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name == 'disc_hidden':
+                values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+                object.__setattr__(self, option.name, values)
+            else:
+                values = (value,)
+            for item in values:
+                if item is not None or option.default is not None:
+                    _check(_flag(option.name), item, option.metadata)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any term needs the teacher."""
+        return self.teacher != 'none' and (self.kd_weight > 0 or self.adv_weight > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as YAML and `torch.load(weights_only=True)` take them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> 'AikdConfig':
+        """The options among a script's arguments."""
+        return cls(**{option.name: getattr(args, f'aikd_{option.name}') for option in fields(cls)})
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add `--aikd` and the options to a parser, as the group "AI-KD"."""
+        group = parser.add_argument_group('AI-KD', 'Self-knowledge distillation by the package timm-aikd.')
+        group.add_argument('--aikd', action='store_true', default=False, help='switch AI-KD on')
+        for option, value in zip(fields(cls), cls().to_dict().values(), strict=True):
+            rule = option.metadata
+            shown = ' '.join(map(str, value)) if isinstance(value, list) else value
+            default = '' if value is None else f' (default: {shown})'
+            group.add_argument(
+                _flag(option.name),
+                type=_number_or(rule['word']) if 'word' in rule else rule['type'],
+                nargs='+' if isinstance(value, list) else None,
+                default=value,
+                metavar=rule.get('metavar') or '{' + ','.join(rule['choices']) + '}',
+                help=f'{rule["help"]}{default}'.replace('%', '%%'),
+            )
+
+    @classmethod
+    def options_table(cls) -> str:
+        """The options as a Markdown table."""
+        rows = ['| flag | default | allowed | meaning |', '|---|---|---|---|']
+        for option, value in zip(fields(cls), cls().to_dict().values(), strict=True):
+            rule = option.metadata
+            shown = ' '.join(map(str, value)) if isinstance(value, list) else '' if value is None else value
+            rows.append(f'| `{_flag(option.name)}` | {shown} | {_allowed(rule)} | {rule["help"]} |')
+        return '\n'.join(rows)
+
+
+def _flag(name: str) -> str:
+    return '--aikd-' + name.replace('_', '-')
+
+
+def _number_or(word: str):
+    def number(text: str) -> float | str:
+        return text if text == word else float(text)
+    number.__name__ = f'number or {word}'
+    return number
+
+
+def _allowed(rule: Any) -> str:
+    if 'choices' in rule:
+        return ', '.join(rule['choices'])
+    if 'low' not in rule:
+        return 'text'
+    kind = 'whole number' if rule['type'] is int else 'number'
+    low = f'{kind} {">" if rule.get("open_low") else ">="} {rule["low"]}'
+    high = f' and <= {rule["high"]}' if 'high' in rule else ''
+    word = f', or {rule["word"]}' if 'word' in rule else ''
+    return low + high + word
+
+
+def _check(flag: str, value: Any, rule: Any) -> None:
+    if rule['type'] is str:
+        fine = isinstance(value, str) and value != '' and value in rule.get('choices', (value,))
+    elif 'word' in rule and value == rule['word']:
+        fine = True
+    else:
+        fine = isinstance(value, (int, float) if rule['type'] is float else int) and not isinstance(value, bool)
+        fine = fine and math.isfinite(value) and rule['low'] <= value <= rule.get('high', math.inf)
+        fine = fine and not (rule.get('open_low') and value == rule['low'])
+    if not fine:
+        finite = '; numbers must be finite' if value in (math.inf, -math.inf) or value != value else ''
+        raise AikdError(f'{flag} {value!r}: allowed is {_allowed(rule)}{finite}')

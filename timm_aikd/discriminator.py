@@ -1,0 +1,150 @@
+"""The discriminator: an MLP on output vectors, with a sidecar optimizer that steps inside the training step."""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+
+from .loss import discriminator_loss, generator_loss, gradient_penalty, output_vector, pairwise_accuracy
+
+_PENALTY_WEIGHT = 10.  # https://arxiv.org/abs/1704.00028, section 4
+_WGAN_CLIP = 0.01  # https://arxiv.org/abs/1701.07875, algorithm 1
+
+
+class Discriminator(nn.Module):
+    """Tells the teacher's predictive distribution from the student's.
+
+    Always float32 and outside autocast. Under torch.distributed every rank steps with the gradients averaged over
+    the ranks, so that D stays identical on all of them; call `broadcast` once before the first step.
+
+    Args:
+        num_classes: Length C of the output vectors.
+        hidden: Widths of the hidden layers; empty for a linear discriminator.
+        input: What D sees of an output, one of `loss.DISC_INPUTS`.
+        loss: Adversarial loss, one of `loss.ADV_LOSSES`.
+        opt: Name of any first-order timm optimizer.
+        lr: Learning rate of that optimizer, constant over the run.
+        seed: Seeds the initial weights and the gradient penalty; the global random streams are not touched.
+        binary: Outputs are C independent probabilities (BCE) rather than one distribution.
+        device: Where D lives.
+
+    Raises:
+        ValueError: The optimizer is unknown or needs second-order gradients.
+    """
+
+    def __init__(
+            self,
+            num_classes: int,
+            hidden: Sequence[int] = (256, 256),
+            input: str = 'log-probs',
+            loss: str = 'bce',
+            opt: str = 'adamw',
+            lr: float = 1e-3,
+            seed: int = 0,
+            binary: bool = False,
+            device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.input, self.loss, self.binary = input, loss, binary
+        widths = [num_classes, *hidden]
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA streams too
+            layers: list[nn.Module] = []
+            for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+                layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
+            self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.to(device)
+        self.optimizer = create_optimizer_v2(self.mlp, opt=opt, lr=lr)
+        if getattr(self.optimizer, 'is_second_order', False):
+            raise ValueError(f'Discriminator optimizer {opt!r} needs second-order gradients, use a first-order one.')
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        self.mlp.float()  # adversarial losses do not survive half precision
+        return self
+
+    def forward(self, vector: torch.Tensor) -> torch.Tensor:
+        """Scores [B] of output vectors [B, C]; the teacher's are pushed up, the student's down."""
+        return self.mlp(vector).squeeze(-1)
+
+    def update(
+            self,
+            teacher_logits: torch.Tensor,
+            logits: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step of D on a batch; the student's graph is left alone.
+
+        Returns:
+            The discriminator loss, how often D told the pair of outputs of a sample apart, and whether D stepped:
+            a batch that is not finite on any rank is skipped on all of them.
+        """
+        parameters = list(self.mlp.parameters())
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            real = output_vector(teacher_logits.detach(), self.input, self.binary)
+            fake = output_vector(logits.detach(), self.input, self.binary)
+            real_score, fake_score = self(torch.cat([real, fake])).chunk(2)
+            loss = discriminator_loss(real_score, fake_score, self.loss)
+            total = loss
+            if self.loss == 'wgan-gp':
+                mix = torch.rand(len(real), 1, generator=self._generator).to(real.device, non_blocking=True)
+                total = loss + _PENALTY_WEIGHT * gradient_penalty(self, real, fake, mix)
+            gradients = torch.autograd.grad(total, parameters)
+        stepped = self._step(parameters, gradients)
+        return loss.detach(), pairwise_accuracy(real_score.detach(), fake_score.detach()), stepped
+
+    @torch.no_grad()
+    def _step(self, parameters: list[nn.Parameter], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        finite = flat.isfinite().all()
+        # A branch on `finite` would make the host wait for the device: step on zeros, then take the step back.
+        flat = torch.where(finite, flat, 0.)
+        pieces = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        tensors = self._step_tensors(flat.device)
+        before = [tensor.clone() for tensor in tensors]
+        self.optimizer.step()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
+        if self.loss == 'wgan':
+            for parameter in parameters:
+                parameter.clamp_(-_WGAN_CLIP, _WGAN_CLIP)
+        self.optimizer.zero_grad()
+        return finite
+
+    def _step_tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """What a step may change: the weights and the optimizer's state (its counters stay on the host)."""
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return [*self.mlp.parameters(), *(x for x in state if isinstance(x, torch.Tensor) and x.device == device)]
+
+    def generator_loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """The student's adversarial loss against D as it is now, D held fixed."""
+        fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        with torch.autocast(logits.device.type, enabled=False):
+            vector = output_vector(logits, self.input, self.binary)
+            return generator_loss(torch.func.functional_call(self, fixed, (vector,)), self.loss)
+
+    def broadcast(self) -> None:
+        """Give every rank the weights of rank 0."""
+        for parameter in self.mlp.parameters():
+            dist.broadcast(parameter.data, 0)
+
+    def get_state(self) -> dict[str, Any]:
+        """Weights, optimizer and random stream, as tensors and plain containers."""
+        return {
+            'weights': self.mlp.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'generator': self._generator.get_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `get_state` was taken."""
+        self.mlp.load_state_dict(state['weights'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self._generator.set_state(state['generator'])

@@ -1,0 +1,128 @@
+"""The terms of the AI-KD loss, one pure function each.
+
+    z            logits               [B, C]  student logits of this step
+    z_T          teacher_logits       [B, C]  teacher logits on the same batch, already divided by T_c
+    log q        past_log_probs       [B, C]  the student's prediction for the same samples in the previous epoch
+    alpha_t      alpha                        weight of the progressive term in epoch t
+    tau, tau_p   temperature
+    D(.)         real, fake           [B]     discriminator scores of the teacher's and of the student's output
+
+    loss = (1 - alpha_t) * task + alpha_t * progressive + lambda_kd * kd + lambda_adv * adv
+
+With a BCE criterion a prediction is C independent probabilities: the `binary_*` functions take the logits of the
+previous epoch in place of log q, and reduce as the criterion does, over the batch and either the sum or the mean of
+the classes.
+
+Only the abstract of the AI-KD paper (https://arxiv.org/abs/2211.10938) was at hand; these equations are this
+project's formulation of it. The progressive term at tau_p = 1 is that of PS-KD (https://arxiv.org/abs/2006.12000).
+All functions compute in float32, whatever the dtype of the logits.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+ADV_LOSSES = ('bce', 'hinge', 'lsgan', 'wgan', 'wgan-gp')
+DISC_INPUTS = ('probs', 'log-probs', 'logits')
+
+
+def alpha_at(epoch: int, epochs: int, alpha_final: float) -> float:
+    """Weight of the progressive term, constant within an epoch: alpha_final * (t + 1) / T.
+
+    0 in epoch 0, where there is no previous epoch; alpha_final from the last scheduled epoch on.
+    """
+    return alpha_final * min((epoch + 1) / epochs, 1.) if epoch > 0 else 0.
+
+
+def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """H(target, softmax(z)), mean over the batch."""
+    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def progressive_loss(logits: torch.Tensor, past_log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """tau_p^2 * H( softmax(log q / tau_p), softmax(z / tau_p) ), mean over the batch."""
+    past = F.softmax(past_log_probs.float() / temperature, dim=-1)
+    return temperature ** 2 * soft_cross_entropy(logits.float() / temperature, past)
+
+
+def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """tau^2 * KL( softmax(z_T / tau) || softmax(z / tau) ), mean over the batch (https://arxiv.org/abs/1503.02531)."""
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+
+
+def binary_soft_loss(
+        logits: torch.Tensor,
+        soft_logits: torch.Tensor,
+        temperature: float,
+        sum_classes: bool,
+) -> torch.Tensor:
+    """tau^2 * BCE( sigmoid(soft / tau), sigmoid(z / tau) ), class by class: kd and progressive of a BCE criterion."""
+    target = torch.sigmoid(soft_logits.float() / temperature)
+    loss = F.binary_cross_entropy_with_logits(logits.float() / temperature, target, reduction='none')
+    return temperature ** 2 * (loss.sum(-1) if sum_classes else loss.mean(-1)).mean()
+
+
+def output_vector(logits: torch.Tensor, kind: str, binary: bool = False) -> torch.Tensor:
+    """What the discriminator sees of an output, [B, C] -> [B, C]: `probs`, `log-probs` or `logits`."""
+    logits = logits.float()
+    if kind == 'logits':
+        return logits
+    if kind == 'probs':
+        return logits.sigmoid() if binary else logits.softmax(-1)
+    if kind == 'log-probs':
+        return F.logsigmoid(logits) if binary else logits.log_softmax(-1)
+    raise ValueError(f'Unknown discriminator input {kind!r}, expected one of {DISC_INPUTS}.')
+
+
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
+    """Loss that D descends; `real` and `fake` are scores [B].
+
+    bce (https://arxiv.org/abs/1406.2661), hinge (https://arxiv.org/abs/1705.02894),
+    lsgan (https://arxiv.org/abs/1611.04076), wgan (https://arxiv.org/abs/1701.07875);
+    wgan-gp (https://arxiv.org/abs/1704.00028) adds `gradient_penalty`.
+    """
+    if kind == 'bce':
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == 'hinge':
+        return F.relu(1. - real).mean() + F.relu(1. + fake).mean()
+    if kind == 'lsgan':
+        return 0.5 * ((real - 1.).square().mean() + fake.square().mean())
+    if kind in ('wgan', 'wgan-gp'):
+        return fake.mean() - real.mean()
+    raise ValueError(f'Unknown adversarial loss {kind!r}, expected one of {ADV_LOSSES}.')
+
+
+def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
+    """Loss that the student descends to be taken for the teacher; `fake` are scores [B] of a fixed D."""
+    if kind == 'bce':
+        return F.softplus(-fake).mean()  # non-saturating
+    if kind == 'lsgan':
+        return 0.5 * (fake - 1.).square().mean()
+    if kind in ('hinge', 'wgan', 'wgan-gp'):
+        return -fake.mean()
+    raise ValueError(f'Unknown adversarial loss {kind!r}, expected one of {ADV_LOSSES}.')
+
+
+def gradient_penalty(
+        score: Callable[[torch.Tensor], torch.Tensor],
+        real: torch.Tensor,
+        fake: torch.Tensor,
+        mix: torch.Tensor,
+) -> torch.Tensor:
+    """E[ (|grad D(x)|_2 - 1)^2 ] at x = mix * real + (1 - mix) * fake, with `mix` uniform in [0, 1), [B, 1]."""
+    x = torch.lerp(fake, real, mix).requires_grad_()
+    gradient, = torch.autograd.grad(score(x).sum(), x, create_graph=True)
+    return (gradient.norm(dim=-1) - 1.).square().mean()
+
+
+def pairwise_accuracy(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """How often D scores the teacher's output above the student's for the same sample; 0.5 is chance, 1 is certain."""
+    return (real > fake).float().mean() + 0.5 * (real == fake).float().mean()
+
+
+def top1(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Confidence and correctness of the largest class, [B] each; soft targets count by their largest class."""
+    confidence, predicted = logits.float().softmax(-1).max(-1)
+    return confidence, predicted == (target if target.ndim == 1 else target.argmax(-1))

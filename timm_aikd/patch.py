@@ -1,0 +1,298 @@
+"""The only file that touches a training script: the table of seams, and how they are bound and put back."""
+import argparse
+import atexit
+import inspect
+import os
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import AikdError
+
+SUPPORTED = 'train.py of timm 1.0.27 and later'
+
+# name in the script's globals -> the parameters AI-KD relies on, whether it can do without the name
+SEAMS: dict[str, tuple[set[str], bool]] = {
+    'ClassificationTask': (set(), False),
+    'train_one_epoch': ({'epoch', 'loader', 'task'}, False),
+    'resume_task_checkpoint': (set(), False),  # not replaced: without it a checkpoint would lose AI-KD's state
+    'create_loader': (set(), True),  # to fit T_c on validation images, and to compare class names
+    'validate': ({'loss_fn'}, True),  # for eval_ece and eval_aurc
+}
+
+# arguments that cannot go with --aikd: what they are compared with, and the remedy
+_CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ('kd_model_name', '--kd-model-name', bool, 'AI-KD has a kd term of its own, with --aikd-teacher'),
+    ('jsd_loss', '--jsd-loss', bool, 'use the cross-entropy or --bce-loss'),
+    ('aug_splits', '--aug-splits', lambda x: x > 0, 'leave the splits out'),
+    ('torchscript', '--torchscript', bool, 'use --torchcompile'),
+    ('naflex_loader', '--naflex-loader', bool, 'use a model and loader of fixed-size images'),
+    ('task', '--task', lambda x: 'multi' in str(x), 'AI-KD is for single-label classification'),
+)
+_CALIBRATION_IMAGES = 2048
+
+_patched: dict[int, '_Script'] = {}  # id of a module's globals -> what was bound there
+
+
+def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
+    """Add the options to a script's parser and let its parses decide whether the script is patched.
+
+    Only this parser is changed, not its class: the script may parse again, with or without `--aikd`.
+    """
+    from .config import AikdConfig
+
+    if any(action.dest == 'aikd' for action in parser._actions):
+        return
+    AikdConfig.add_arguments(parser)
+
+    def parse_known_args(self, args=None, namespace=None, *more, **kwargs):
+        words = sys.argv[1:] if args is None else list(args)
+        parsed, rest = type(self).parse_known_args(self, args, namespace, *more, **kwargs)
+        restore(script)
+        if getattr(parsed, 'aikd', False):
+            try:
+                apply(script, parsed)
+            except AikdError as error:
+                self.error(str(error))
+        else:
+            stray = [str(word).partition('=')[0] for word in words if str(word).startswith('--aikd-')]
+            if stray:
+                self.error(f'{stray[0]} does nothing without --aikd: add --aikd or leave it out')
+        return parsed, rest
+
+    parser.parse_known_args = types.MethodType(parse_known_args, parser)
+
+
+def apply(script: dict[str, Any], args: argparse.Namespace) -> None:
+    """Check what can be checked before anything is built, then bind the seams in a script's globals.
+
+    Raises:
+        AikdError: A bad option, a conflict with another one, a teacher that is not there, or a script without the
+            seams.
+    """
+    restore(script)
+    config = _check_arguments(args)
+    _check_seams(script)
+    _patched[id(script)] = _Script(script, args, config)
+
+
+def restore(script: dict[str, Any]) -> None:
+    """Put back what `apply` has bound; harmless where nothing is."""
+    patched = _patched.pop(id(script), None)
+    if patched is not None:
+        patched.unbind()
+
+
+def _check_arguments(args: argparse.Namespace):
+    from .config import AikdConfig
+    from .teacher import FORMS, parse_spec
+
+    config = AikdConfig.from_args(args)
+    for name, flag, conflicts, remedy in _CONFLICTS:
+        value = getattr(args, name, None)
+        if value is not None and conflicts(value):
+            raise AikdError(f'{flag} {value} cannot go with --aikd: {remedy}')
+    if config.has_teacher:
+        if config.teacher is None:
+            raise AikdError(f'--aikd needs a teacher: --aikd-teacher with {FORMS}')
+        parse_spec(config.teacher)
+    if config.has_teacher and config.adv_weight > 0:
+        _check_optimizer(config)
+    return config
+
+
+def _check_optimizer(config) -> None:
+    from .discriminator import Discriminator
+
+    try:
+        Discriminator(2, config.disc_hidden[:0], opt=config.disc_opt, lr=config.disc_lr)
+    except Exception as error:  # timm's own of many kinds
+        raise AikdError(
+            f'--aikd-disc-opt {config.disc_opt}: cannot be used ({" ".join(str(error).split())[:100]}); '
+            f'timm.optim.list_optimizers() lists the names') from error
+
+
+def _check_seams(script: dict[str, Any]) -> None:
+    where = script.get('__file__') or script.get('__name__')
+    for name, (parameters, optional) in SEAMS.items():
+        missing = name not in script or not parameters <= _parameters(script[name])
+        if missing and not optional:
+            what = f'{name}({", ".join(sorted(parameters))})' if parameters else name
+            raise AikdError(f'--aikd: {where} has no {what} to hook into; supported is {SUPPORTED}')
+
+
+def _parameters(function: Any) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+class _Script:
+    """A training script that runs under AI-KD: what was bound in its globals, and what it has shown so far."""
+
+    def __init__(self, script: dict[str, Any], args: argparse.Namespace, config):
+        self.script, self.args, self.config = script, args, config
+        self.task = None
+        self.class_names: list[str] | None = None
+        self.validation: tuple[tuple, dict[str, Any]] | None = None  # how the script made its validation loader
+        self.failed = False
+        self.original = {name: script[name] for name in SEAMS if name in script}
+        for name in self.original:
+            replacement = getattr(self, name, None)
+            if replacement is not None and SEAMS[name][0] <= _parameters(script[name]):
+                script[name] = replacement
+        self.excepthook = sys.excepthook
+        sys.excepthook = self._excepthook
+        if script.get('__name__') == '__main__':
+            atexit.register(self._check_steps)
+
+    def unbind(self) -> None:
+        self.script.update(self.original)
+        atexit.unregister(self._check_steps)
+        if sys.excepthook == self._excepthook:
+            sys.excepthook = self.excepthook
+
+    # the seams, by the name they replace
+
+    def ClassificationTask(self, *args, **kwargs):
+        from timm.data import resolve_data_config
+
+        from .task import AikdTask
+        from .teacher import load_teacher
+
+        arguments = inspect.signature(self.original['ClassificationTask']).bind(*args, **kwargs).arguments
+        model, config = arguments['model'], self.config
+        data_config = resolve_data_config(vars(self.args), model=model)
+        teacher = None
+        if config.has_teacher:
+            teacher = load_teacher(
+                config.teacher,
+                student=model,
+                model_name=config.teacher_model,
+                default_model_name=self.args.model,
+                dtype=config.teacher_dtype,
+                mean=data_config['mean'],
+                std=data_config['std'],
+                class_names=self.class_names,
+            )
+        self.task = AikdTask(*args, teacher=teacher, config=config, epochs=_scheduled_epochs(self.args), **kwargs)
+        return self.task
+
+    def train_one_epoch(self, *args, **kwargs):
+        bound = inspect.signature(self.original['train_one_epoch']).bind(*args, **kwargs).arguments
+        task, loader = bound.get('task'), bound['loader']
+        if task is None or task is not self.task:
+            raise AikdError(f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
+        if task.aikd.needs_temperature and self.validation is not None:
+            with _random_streams_kept():
+                task.calibrate(self._calibration_batches())
+        task.begin_epoch(bound['epoch'], loader)
+        steps = task.aikd.steps
+        metrics = self.original['train_one_epoch'](*args, **kwargs)
+        if len(loader) and task.aikd.steps == steps:
+            raise AikdError(f'--aikd: an epoch ended without one AI-KD step; supported is {SUPPORTED}')
+        metrics.update((f'aikd_{name}', value) for name, value in task.end_epoch().items())
+        return metrics
+
+    def create_loader(self, *args, **kwargs):
+        loader = self.original['create_loader'](*args, **kwargs)
+        arguments = inspect.signature(self.original['create_loader']).bind(*args, **kwargs).arguments
+        if arguments.get('is_training'):
+            self.class_names = _class_names(arguments['dataset'])
+        else:
+            self.validation = args, kwargs
+        return loader
+
+    def validate(self, *args, **kwargs):
+        from .calibration import area_under_risk_coverage, expected_calibration_error, gather_rows
+        from .loss import top1
+
+        bound = inspect.signature(self.original['validate']).bind(*args, **kwargs)
+        loss_fn, predictions = bound.arguments['loss_fn'], []
+
+        def recording_loss_fn(output, target):
+            predictions.append(top1(output, target))
+            return loss_fn(output, target)
+
+        bound.arguments['loss_fn'] = recording_loss_fn
+        metrics = self.original['validate'](*bound.args, **bound.kwargs)
+        if predictions:
+            confidence, correct = (gather_rows(_concatenate(column)) for column in zip(*predictions, strict=True))
+            metrics['ece'] = expected_calibration_error(confidence, correct)
+            metrics['aurc'] = area_under_risk_coverage(confidence, correct)
+        return metrics
+
+    def _calibration_batches(self) -> Iterator:
+        """The script's own loader over validation images spread evenly: many data sets lie class by class."""
+        from torch.utils.data import IterableDataset, Subset
+
+        args, kwargs = self.validation
+        bound = inspect.signature(self.original['create_loader']).bind(*args, **kwargs)
+        dataset, left = bound.arguments['dataset'], _CALIBRATION_IMAGES
+        if not isinstance(dataset, IterableDataset) and len(dataset) > left:
+            bound.arguments['dataset'] = Subset(dataset, [i * len(dataset) // left for i in range(left)])
+        bound.arguments['persistent_workers'] = False
+        for input, target in self.original['create_loader'](*bound.args, **bound.kwargs):
+            if not bound.arguments.get('use_prefetcher', True):
+                input, target = input.to(self.task.device, self.task.dtype), target.to(self.task.device)
+            yield input, target
+            left -= len(target)
+            if left <= 0:
+                return
+
+    # the end of the script
+
+    def _excepthook(self, kind, error, traceback) -> None:
+        self.failed = True
+        if isinstance(error, AikdError) and os.environ.get('TIMM_AIKD_TRACEBACK') != '1':
+            print(f'error: {error}', file=sys.stderr)
+        else:
+            self.excepthook(kind, error, traceback)
+
+    def _check_steps(self) -> None:
+        if self.failed or (self.task is not None and self.task.aikd.steps > 0):
+            return
+        print(
+            'error: --aikd was given, but no AI-KD step was ever taken: no epoch was left to train, or the script does '
+            f'not train through ClassificationTask; supported is {SUPPORTED}', file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the only way to fail from here; nothing has been trained
+
+
+def _scheduled_epochs(args: argparse.Namespace) -> int:
+    """Epochs of timm's schedule with its default single cycle, as `create_scheduler_v2` counts them."""
+    warmup = args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0
+    return max(1, args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup)
+
+
+def _class_names(dataset) -> list[str] | None:
+    """Class names by index, where a timm or torchvision data set tells them."""
+    for holder in (getattr(dataset, 'reader', None), dataset):
+        indices = getattr(holder, 'class_to_idx', None)
+        if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
+            return sorted(indices, key=indices.get)
+    return None
+
+
+def _concatenate(tensors):
+    import torch
+
+    return torch.cat(tensors)
+
+
+@contextmanager
+def _random_streams_kept():
+    """Leave the script's random streams where they are: a run and its baseline are to see the same data."""
+    import numpy
+    import torch
+
+    python, numpy_state = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    numpy.random.set_state(numpy_state)

@@ -1,0 +1,158 @@
+"""AI-KD as a training task of timm."""
+import logging
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.loss import BinaryCrossEntropy
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from . import AikdError
+from .aikd import Aikd
+from .config import AikdConfig
+
+_logger = logging.getLogger(__name__)
+
+
+class AikdTask(ClassificationTask):
+    """A `ClassificationTask` whose loss is regularised by AI-KD.
+
+    Everything of AI-KD lies outside the trainable module: in no optimizer, EMA, DDP wrapper, clipping or
+    `state_dict` of the student.
+
+    Args:
+        model: The student; its `num_classes` tells the number of classes.
+        criterion: The task loss. A BCE (timm's or torch's) makes the soft terms binary cross-entropies too.
+        teacher: What `load_teacher` returns, or any module that maps the student's input to logits [B, C].
+        config: The options.
+        epochs: Scheduled epochs T.
+        **kwargs: Passed to `ClassificationTask`: device, dtype, verbose, ...
+
+    Raises:
+        AikdError: The model does not tell its classes, or AI-KD cannot work on them.
+
+    Example:
+        ```python
+        task = AikdTask(model, criterion, teacher=load_teacher('hf-hub:...', student=model), epochs=90)
+        for epoch in range(90):
+            task.begin_epoch(epoch, loader)
+            for input, target in loader:
+                task(input, target)['loss'].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics = task.end_epoch()
+        ```
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: nn.Module | None = None,
+            *args,
+            teacher: nn.Module | None = None,
+            config: AikdConfig | None = None,
+            epochs: int = 1,
+            **kwargs,
+    ):
+        super().__init__(model, criterion, *args, **kwargs)
+        num_classes = getattr(unwrap_model(model), 'num_classes', None)
+        if num_classes is None:
+            raise AikdError('AI-KD: the student has no attribute num_classes: set it to the number of its classes')
+        binary = isinstance(self.criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss))
+        self.aikd = Aikd(
+            num_classes, teacher, config, epochs,
+            binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False), device=self.device)
+        self._started = False
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One training step's forward; D takes its own step in it.
+
+        Returns:
+            `loss` to descend, `output` (logits [B, C]), and the detached parts `task_loss`, `progressive_loss`,
+            `kd_loss`, `adv_loss`, `disc_loss`.
+        """
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        return {'output': output, **self.aikd(input, output, target, task_loss)}
+
+    def calibrate(self, batches) -> None:
+        """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
+        fit = self.aikd.fit_teacher_temperature(batches)
+        if self.verbose:
+            _logger.info(
+                f'AI-KD: teacher top-1 {fit["top1"]:.2f} % on {fit["samples"]} validation images, '
+                f'T_c = {fit["temperature"]:.3f} fits them best')
+
+    def begin_epoch(self, epoch: int, loader: Any = None) -> None:
+        """Call before the first batch of an epoch.
+
+        Args:
+            epoch: From 0.
+            loader: The epoch's batches, for a memory that has to know which samples they hold.
+        """
+        if not self._started:
+            self._start()
+        self.aikd.begin_epoch(epoch, unwrap_model(self.trainable_module))
+
+    def end_epoch(self) -> dict[str, float]:
+        """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
+        metrics = self.aikd.end_epoch()
+        if self.verbose:
+            shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+            _logger.info(f'AI-KD: epoch {self.aikd.epoch}: {shown}')
+        return metrics
+
+    def _start(self) -> None:
+        self._started = True
+        aikd, config = self.aikd, self.aikd.config
+        if aikd.needs_temperature and aikd.teacher is not None:
+            aikd.needs_temperature = False
+            if self.verbose:
+                _logger.warning('AI-KD: no validation images to fit T_c on: T_c = 1, the teacher stays as it is')
+        terms = []
+        if aikd.memory is not None:
+            terms.append(
+                f'progressive (alpha to {config.alpha:g}, tau_p {config.progressive_temperature:g}, memory snapshot)')
+        if aikd.teacher is not None and config.kd_weight > 0:
+            terms.append(f'kd ({config.kd_weight:g}, tau {config.temperature:g})')
+        if aikd.discriminator is not None:
+            terms.append(f'adversarial ({config.adv_weight:g}, {config.adv_loss} on {config.disc_input})')
+        teacher = f'{aikd.teacher.name} at T_c {aikd.teacher.temperature:.3f}' if aikd.teacher is not None else 'none'
+        if self.verbose:
+            _logger.info(f'AI-KD: teacher {teacher}; terms: {", ".join(terms) or "none, this is plain training"}')
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'AikdTask':
+        """Wrap the student in DDP and give all ranks one discriminator."""
+        if self.device.type == 'cpu':
+            device_ids = None  # timm's script names the CPU, which DDP refuses
+        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        if self.aikd.discriminator is not None:
+            self.aikd.discriminator.broadcast()
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """Compile student, teacher and snapshot; losses and discriminator stay eager."""
+        self.aikd.compile(backend=backend, mode=mode, **compile_kwargs)
+        return super().compile(backend=backend, mode=mode, **compile_kwargs)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """AI-KD's state, once a checkpoint: EMA has none of its own."""
+        return {} if ema else {'aikd': self.aikd.get_state()}
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Continue from a checkpoint; from one without AI-KD everything starts fresh, and the log says so."""
+        if ema:
+            return
+        if not state or 'aikd' not in state:
+            _logger.warning('AI-KD: the checkpoint is of a run without AI-KD: discriminator and T_c start fresh')
+            return
+        self.aikd.load_state(state['aikd'])
+
+
