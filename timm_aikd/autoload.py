@@ -12,7 +12,8 @@ import sys
 # Options that timm's training scripts have had since 0.9 and that no other script of timm has all of.
 SIGNATURE = {'model', 'epochs', 'sched', 'opt', 'mixup', 'cutmix', 'smoothing', 'bce_loss', 'model_ema'}
 
-_original = None
+_original = None  # argparse's own method while ours stands in its place
+_armed = False
 
 
 def arm() -> None:
@@ -26,25 +27,28 @@ def arm() -> None:
 
 def watch_parsers() -> None:
     """Wrap argparse until a training script is found; a second call is harmless."""
-    global _original
+    global _armed, _original
+    _armed = True
     if _original is None:
         _original = argparse.ArgumentParser.parse_known_args
         argparse.ArgumentParser.parse_known_args = _parse_known_args
 
 
 def unwatch_parsers() -> None:
-    """Give argparse its own method back, unless somebody else has wrapped it since."""
-    global _original
+    """Give argparse its own method back; where somebody has wrapped ours since, it only passes through."""
+    global _armed, _original
+    _armed = False
     if _original is not None and argparse.ArgumentParser.parse_known_args is _parse_known_args:
         argparse.ArgumentParser.parse_known_args = _original
-        _original = None
+        _original = None  # argparse's own method while ours stands in its place
+_armed = False
 
 
 def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
     parse = _original or argparse.ArgumentParser.parse_known_args
     try:
-        script = _calling_globals()
-        found = [parser for parser in {id(x): x for x in [*script.values(), self]}.values() if _is_training(parser)]
+        script = _calling_globals() if _armed else {}
+        found = [x for x in {id(x): x for x in [*script.values(), self]}.values() if _armed and _is_training(x)]
     except Exception:
         found = []  # not our script, whatever it is
     if found:
@@ -52,7 +56,8 @@ def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
         unwatch_parsers()
         for parser in found:
             patch.adopt(parser, script)
-        parse = type(self).parse_known_args if self not in found else self.parse_known_args.__func__
+        if self in found:
+            return self.parse_known_args(args, namespace, *more, **kwargs)
     return parse(self, args, namespace, *more, **kwargs)
 
 

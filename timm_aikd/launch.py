@@ -18,11 +18,14 @@ def run_script(path: str, argv: list[str]) -> None:
     """
     with open(path, 'rb') as file:
         source = file.read()
+    sys.argv = [path, *argv]
+    path = os.path.abspath(path)
     main = types.ModuleType('__main__')
     main.__dict__.update(
         __builtins__=builtins, __cached__=None, __file__=path, __loader__=SourceFileLoader('__main__', path))
+    if sys.version_info < (3, 14):
+        main.__dict__['__annotations__'] = {}
     sys.modules['__main__'] = main
-    sys.argv = [path, *argv]
     if not getattr(sys.flags, 'safe_path', False):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     autoload.watch_parsers()

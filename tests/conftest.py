@@ -1,0 +1,83 @@
+"""Shared fixtures: tiny models, tiny image folders, and the training scripts to drive."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+
+
+class TinyNet(nn.Module):
+    """Two layers with BatchNorm and dropout: all that tells train mode from eval mode."""
+
+    def __init__(self, num_classes=5, size=4):
+        super().__init__()
+        self.num_classes = num_classes
+        self.body = nn.Sequential(nn.Linear(size, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.fixture
+def tiny_net():
+    return TinyNet
+
+
+def write_images(folder: Path, classes: int = 3, per_class: int = 12, size: int = 16) -> Path:
+    """An image folder with a train and a validation split; a class is told by its brightness."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ('train', 'validation'):
+        for label in range(classes):
+            target = folder / split / f'class{label}'
+            target.mkdir(parents=True)
+            for i in range(per_class):
+                level = 40 + 80 * label + torch.randint(-15, 15, (size, size), generator=generator)
+                Image.fromarray(level.to(torch.uint8).numpy()).convert('RGB').save(target / f'{i}.png')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('images') / 'data')
+
+
+def training_scripts() -> dict[str, Path]:
+    """Our own script, and those of timm that `TIMM_TRAIN_SCRIPTS` holds: FOLDER/<version>/train.py."""
+    scripts = {'examples': ROOT / 'examples' / 'train.py'}
+    folder = os.environ.get('TIMM_TRAIN_SCRIPTS')
+    for version in ('v1.0.27', 'v1.0.28', 'newest'):
+        scripts[version] = Path(folder) / version / 'train.py' if folder else None
+    return scripts
+
+
+@pytest.fixture(params=list(training_scripts()))
+def train_script(request):
+    path = training_scripts()[request.param]
+    if path is None:
+        pytest.skip(f'timm\'s {request.param} train.py: set TIMM_TRAIN_SCRIPTS to a folder with <version>/train.py')
+    return path
+
+
+SMALL_RUN = (
+    '--model', 'test_resnet', '--num-classes', '3', '--input-size', '3', '32', '32', '--device', 'cpu', '-b', '9',
+    '--opt', 'adamw', '--lr', '2e-3', '--sched', 'cosine', '--warmup-epochs', '0', '--epochs', '2', '--no-aug',
+    '--smoothing', '0', '-j', '0', '--log-interval', '100',
+)
+
+
+def run(*command, check: bool = True, timeout: float = 240, **env) -> subprocess.CompletedProcess:
+    """Run Python with the arguments given, in the tests' environment changed by `env`; a value None unsets."""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **env}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=timeout,
+        env={name: value for name, value in environment.items() if value is not None})
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
