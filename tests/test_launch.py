@@ -11,7 +11,7 @@ import json, os, sys, __main__
 print(json.dumps(dict(
     argv=sys.argv, path=sys.path, name=__name__, file=__file__, doc=__doc__, package=__package__, spec=str(__spec__),
     loader=type(__loader__).__name__, main=__main__.__file__, same=__main__.__dict__ is globals(),
-    names=sorted(name for name in globals() if name.startswith("__")), cwd=os.getcwd(), frames=len(sys._current_frames()),
+    names=sorted(name for name in globals() if name.startswith("__")), cwd=os.getcwd(),
     builtins=type(__builtins__).__name__,
 )))
 '''

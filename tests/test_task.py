@@ -186,6 +186,7 @@ def test_log_says_what_is_on_and_every_epoch(caplog):
     caplog.clear()
     AikdTask(small_model(), nn.CrossEntropyLoss(), config=AikdConfig(teacher='none', alpha=0)).begin_epoch(0)
     assert 'terms: none, this is plain training' in caplog.messages[-1]
+    assert f'on timm {timm.__version__}' in caplog.messages[-1]
 
 
 def test_compiled_networks_give_the_eager_loss():
@@ -206,7 +207,8 @@ def _rank_trains(rank, _):
     logging.disable()
     torch.manual_seed(rank)  # ranks differ in their seeds, as under timm's scripts
     config = given(disc_hidden=(8,))
-    task = AikdTask(small_model(), nn.CrossEntropyLoss(), teacher=small_model(1), config=config, epochs=3, verbose=False)
+    task = AikdTask(
+        small_model(), nn.CrossEntropyLoss(), teacher=small_model(1), config=config, epochs=3, verbose=False)
     task.prepare_distributed(device_ids=[torch.device('cpu')])
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05)
     metrics = []

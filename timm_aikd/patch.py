@@ -2,6 +2,7 @@
 import argparse
 import atexit
 import inspect
+import logging
 import os
 import random
 import sys
@@ -34,6 +35,7 @@ _CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 )
 _CALIBRATION_IMAGES = 2048
 
+_package_logger = logging.getLogger(__package__)
 _patched: dict[int, '_Script'] = {}  # id of a module's globals -> what was bound there
 
 
@@ -94,7 +96,8 @@ def _check_arguments(args: argparse.Namespace):
     for name, flag, conflicts, remedy in _CONFLICTS:
         value = getattr(args, name, None)
         if value is not None and conflicts(value):
-            raise AikdError(f'{flag} {value} cannot go with --aikd: {remedy}')
+            given = flag if value is True else f'{flag} {value}'
+            raise AikdError(f'{given} cannot go with --aikd: {remedy}')
     if config.has_teacher:
         if config.teacher is None:
             raise AikdError(f'--aikd needs a teacher: --aikd-teacher with {FORMS}')
@@ -153,6 +156,7 @@ class _Script:
     def unbind(self) -> None:
         self.script.update(self.original)
         atexit.unregister(self._check_steps)
+        _package_logger.setLevel(logging.NOTSET)
         if sys.excepthook == self._excepthook:
             sys.excepthook = self.excepthook
 
@@ -166,6 +170,8 @@ class _Script:
 
         arguments = inspect.signature(self.original['ClassificationTask']).bind(*args, **kwargs).arguments
         model, config = arguments['model'], self.config
+        if not kwargs.get('verbose', True):
+            _package_logger.setLevel(logging.ERROR)  # what concerns all ranks is said by the primary one
         data_config = resolve_data_config(vars(self.args), model=model)
         teacher = None
         if config.has_teacher:
@@ -292,7 +298,7 @@ def _random_streams_kept():
     import torch
 
     python, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # nothing random runs on a device here
         yield
     random.setstate(python)
     numpy.random.set_state(numpy_state)

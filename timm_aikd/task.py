@@ -1,14 +1,16 @@
 """AI-KD as a training task of timm."""
 import logging
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
 from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from . import AikdError
+from . import AikdError, __version__
 from .aikd import Aikd
 from .config import AikdConfig
 
@@ -56,13 +58,15 @@ class AikdTask(ClassificationTask):
             **kwargs,
     ):
         super().__init__(model, criterion, *args, **kwargs)
-        num_classes = getattr(unwrap_model(model), 'num_classes', None)
+        student = unwrap_model(model)
+        num_classes = getattr(student, 'num_classes', None)
         if num_classes is None:
             raise AikdError('AI-KD: the student has no attribute num_classes: set it to the number of its classes')
         binary = isinstance(self.criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss))
         self.aikd = Aikd(
             num_classes, teacher, config, epochs,
-            binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False), device=self.device)
+            binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False),
+            device=next(student.parameters()).device)
         self._started = False
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,7 +124,10 @@ class AikdTask(ClassificationTask):
             terms.append(f'adversarial ({config.adv_weight:g}, {config.adv_loss} on {config.disc_input})')
         teacher = f'{aikd.teacher.name} at T_c {aikd.teacher.temperature:.3f}' if aikd.teacher is not None else 'none'
         if self.verbose:
-            _logger.info(f'AI-KD: teacher {teacher}; terms: {", ".join(terms) or "none, this is plain training"}')
+            # a train.py inside a clone of timm imports the clone's timm, not the installed one
+            _logger.info(
+                f'AI-KD: teacher {teacher}; terms: {", ".join(terms) or "none, this is plain training"}; '
+                f'timm-aikd {__version__} on timm {timm.__version__} of {Path(timm.__file__).parent}')
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'AikdTask':
         """Wrap the student in DDP and give all ranks one discriminator."""

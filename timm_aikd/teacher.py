@@ -3,6 +3,7 @@ import argparse
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,13 +58,14 @@ class Teacher(nn.Module):
             temperature: float = 1.,
     ):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
         if dtype is not None:
             self.model.to(dtype)
         self.name, self.size, self.dtype, self.temperature = name, size, dtype, temperature
         self.register_buffer('scale', scale, persistent=False)
         self.register_buffer('shift', shift, persistent=False)
         self.register_buffer('columns', columns, persistent=False)
+        self.eval()
 
     def train(self, mode: bool = True) -> 'Teacher':
         """Stay in eval mode."""
@@ -116,12 +118,12 @@ def parse_spec(spec: str) -> tuple[str, str]:
     path = Path(spec)
     if spec.endswith(WEIGHT_SUFFIXES):
         if not path.is_file():
-            raise AikdError(f'--aikd-teacher {spec}: no such file')
+            raise AikdError(f'--aikd-teacher {spec}: no such file: check the path')
         return 'file', spec
     if path.is_dir():
         if not (path / 'model_best.pth.tar').is_file():
-            other = f'; use local-dir:{spec}' if (path / 'config.json').is_file() else ''
-            raise AikdError(f'--aikd-teacher {spec}: not the output of a run, it has no model_best.pth.tar{other}')
+            other = f'use local-dir:{spec}' if (path / 'config.json').is_file() else 'name a weights file'
+            raise AikdError(f'--aikd-teacher {spec}: not the output of a run, it has no model_best.pth.tar; {other}')
         return 'file', str(path / 'model_best.pth.tar')
     if is_model(spec):
         return 'name', spec
@@ -181,7 +183,7 @@ def load_teacher(
         scale=scale,
         shift=shift,
         columns=columns,
-        size=_fixed_size(model),
+        size=_fixed_size(model, config),
         dtype=None if dtype == 'auto' else getattr(torch, dtype),
     ).to(weight.device)
 
@@ -201,12 +203,12 @@ def _from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, A
     try:
         model = create_model(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
     except Exception as error:
-        raise _explain(error, kind, spec) from error
+        raise _explain(error, spec) from error
     return model, model.pretrained_cfg
 
 
-def _explain(error: Exception, kind: str, spec: str) -> Exception:
-    """The error of the Hub client or of timm as one line with a remedy; a bug stays what it is."""
+def _explain(error: Exception, spec: str) -> AikdError:
+    """Whatever stopped the Hub client or timm, as one line with a remedy."""
     from huggingface_hub import errors as hub
 
     name = f'--aikd-teacher {spec}'
@@ -216,23 +218,22 @@ def _explain(error: Exception, kind: str, spec: str) -> Exception:
     if isinstance(error, hub.RepositoryNotFoundError):
         return AikdError(f'{name}: no such repository on the Hub, or a private one: check the name, or set HF_TOKEN')
     if isinstance(error, hub.RevisionNotFoundError):
-        return AikdError(f'{name}: the repository has no such branch, tag or commit')
+        return AikdError(f'{name}: the repository has no such branch, tag or commit: check what follows the @')
     if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)):
         return AikdError(
             f'{name}: not in the cache, and the Hub is offline or out of reach: unset HF_HUB_OFFLINE, check the '
             f'network and HF_ENDPOINT, point HF_HOME at a filled cache, {elsewhere}')
     if isinstance(error, hub.EntryNotFoundError):
-        return AikdError(f'{name}: the repository lacks a file that a timm model needs ({_one_line(error)})')
-    if isinstance(error, (hub.HfHubHTTPError, OSError)):
-        return AikdError(f'{name}: could not be read ({_one_line(error)}); try again, {elsewhere}')
-    if isinstance(error, (RuntimeError, ValueError, KeyError, safetensors.SafetensorError)):
-        return AikdError(f'{name}: not a timm model with pretrained weights ({_one_line(error)})')
-    return error
+        file = str(error.response.url).rpartition('/')[2]
+        return AikdError(f'{name}: the repository has no {file}, which a timm model needs; choose another')
+    return AikdError(
+        f'{name}: could not be loaded as a timm model with pretrained weights ({type(error).__name__}: '
+        f'{_one_line(error)}); check it, try again, {elsewhere}')
 
 
 def _one_line(error: Exception) -> str:
     text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else f'{text[:117]}...'
+    return text if len(text) <= 100 else f'{text[:97]}...'
 
 
 def _from_file(
@@ -250,13 +251,18 @@ def _from_file(
     try:
         config = create_model(name, **kwargs).pretrained_cfg
     except Exception as error:
-        raise AikdError(f'--aikd-teacher {path}: no such architecture {name!r} ({_one_line(error)})') from error
-    kwargs['num_classes'] = _length(weights, config.get('classifier'), 0, default=student.num_classes)
+        raise AikdError(
+            f'--aikd-teacher {path}: no such architecture {name!r} ({_one_line(error)}); '
+            f'name another with --aikd-teacher-model') from error
+    kwargs['num_classes'] = _length(weights, config.get('classifier'), 0, default=getattr(student, 'num_classes', None))
     kwargs['in_chans'] = _length(weights, config.get('first_conv'), 1, default=arguments.get('in_chans') or 3)
-    size = arguments.get('img_size') or (arguments.get('input_size') or [None])[-1]
-    tries = [{}, {'img_size': size}] if size and config.get('fixed_input_size') else [{}]
+    *_, height, width = arguments.get('input_size') or [arguments.get('img_size')] * 2
+    tries = [{}]
+    if height and config.get('fixed_input_size') and 'img_size' not in kwargs:
+        # first, for the weights of a Swin fit any size
+        tries.insert(0, {'img_size': height if height == width else (height, width)})
     for extra in tries:
-        model = create_model(name, **{**kwargs, **extra})
+        model = create_model(name, **kwargs, **extra)
         misfit = _misfit(model, weights)
         if misfit is None:
             model.load_state_dict(weights)
@@ -286,8 +292,9 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = {**checkpoint[key]}
             break
-    if not isinstance(checkpoint, dict) or not all(isinstance(x, torch.Tensor) for x in checkpoint.values()):
-        raise AikdError(f'--aikd-teacher {path}: holds no state dict')
+    if not isinstance(checkpoint, dict) or not checkpoint or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()):
+        raise AikdError(f'--aikd-teacher {path}: holds no state dict; save the weights as model.state_dict()')
     return clean_state_dict(checkpoint), dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 
 
@@ -333,9 +340,11 @@ def _match_classes(spec: str, model: nn.Module, class_names: Sequence[str] | Non
             f'AI-KD: the teacher names its classes otherwise ({theirs[0]!r}) than the data set ({ours[0]!r}): '
             f'the same order is assumed, and its top-1 will be tested')
         return None
-    if len(ours) != len(theirs) or set(ours) != set(theirs):
-        odd = next(name for name in [*ours, *theirs] if (name in ours) != (name in theirs))
-        raise AikdError(f'--aikd-teacher {spec}: other classes than the data set, {odd!r} is known to one side only')
+    if Counter(ours) != Counter(theirs):
+        odd = next(iter((Counter(ours) - Counter(theirs)) or (Counter(theirs) - Counter(ours))))
+        raise AikdError(
+            f'--aikd-teacher {spec}: other classes than the data set, {odd!r} is known to one side only: '
+            f'train or choose a teacher for this data set')
     _logger.info('AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
     return torch.tensor([theirs.index(name) for name in ours])
 
@@ -364,9 +373,11 @@ def _renormalisation(
     return (std_s / std_t).float(), ((mean_s - mean_t) / std_t).float()
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+def _fixed_size(model: nn.Module, config: dict[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) that the model insists on, None where it takes any."""
     patches = getattr(model, 'patch_embed', None)
-    if not model.pretrained_cfg.get('fixed_input_size') or getattr(patches, 'strict_img_size', True) is False:
+    strict = getattr(patches, 'strict_img_size', None)  # None: the model keeps no size, but was trained at one
+    if not model.pretrained_cfg.get('fixed_input_size') or strict is False:
         return None
-    size = getattr(patches, 'img_size', None) or model.pretrained_cfg['input_size'][1:]
-    return int(size[0]), int(size[1])
+    height, width = patches.img_size if strict else (config or model.pretrained_cfg)['input_size'][1:]
+    return int(height), int(width)

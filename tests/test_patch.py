@@ -1,0 +1,222 @@
+"""What a training script is bound to, and what is refused before anything is built."""
+import argparse
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.data import create_loader
+from timm.task import ClassificationTask, resume_task_checkpoint
+
+from timm_aikd import AikdError, AikdTask, patch
+
+from .test_autoload import training_parser
+
+TEACHER = ['--aikd', '--aikd-teacher', 'test_resnet']
+
+
+def train_one_epoch(epoch, model, loader, optimizer, args, task=None):
+    for input, target in loader:
+        task(input, target)['loss'].backward()
+    return OrderedDict(loss=1.)
+
+
+def validate(model, loader, loss_fn, args, log_suffix=''):
+    losses = [loss_fn(model(input), target) for input, target in loader]
+    return OrderedDict(loss=sum(losses).item() / len(losses))
+
+
+class Script:
+    """A training script as far as its globals and its parser go."""
+
+    def __init__(self, **changes):
+        self.parser = training_parser()
+        self.parser.set_defaults(epochs=3, model='test_resnet')
+        for flag in ('--kd-model-name', '--task', '--config'):
+            self.parser.add_argument(flag)
+        self.parser.add_argument('--aug-splits', type=int, default=0)
+        for flag in ('--jsd-loss', '--torchscript', '--naflex-loader'):
+            self.parser.add_argument(flag, action='store_true')
+        self.globals = dict(
+            __name__='train', __file__='somewhere/train.py', ClassificationTask=ClassificationTask,
+            train_one_epoch=train_one_epoch, resume_task_checkpoint=resume_task_checkpoint,
+            create_loader=create_loader, validate=validate)
+        for name, value in changes.items():
+            self.globals[name] = value
+        self.globals = {name: value for name, value in self.globals.items() if value is not None}
+        self.before = dict(self.globals)
+        patch.adopt(self.parser, self.globals)
+
+    def parse(self, *words):
+        return self.parser.parse_args(list(words))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        patch.restore(self.globals)
+
+
+REFUSED = [
+    (['--aikd'], '--aikd needs a teacher: --aikd-teacher with hf-hub:ORG/NAME'),
+    (['--aikd', '--aikd-teacher', 'nowhere.pth'], 'no such file'),
+    (['--aikd', '--aikd-teacher', 'resnet_of_nobody'], 'no such file, folder or timm model'),
+    (['--aikd', '--aikd-teacher', 'timm/resnet18'], 'did you mean hf-hub:timm/resnet18'),
+    (['--aikd', '--aikd-teacher', 'local-dir:/nowhere'], 'no config.json'),
+    (['--aikd', '--aikd-teacher', '.'], 'not the output of a run'),
+    ([*TEACHER, '--kd-model-name', 'resnet18'], '--kd-model-name resnet18 cannot go with --aikd'),
+    ([*TEACHER, '--jsd-loss'], '--jsd-loss cannot go with --aikd'),
+    ([*TEACHER, '--aug-splits', '3'], '--aug-splits 3 cannot go with --aikd'),
+    ([*TEACHER, '--torchscript'], 'use --torchcompile'),
+    ([*TEACHER, '--naflex-loader'], '--naflex-loader cannot go with --aikd'),
+    ([*TEACHER, '--task', 'multilabel'], 'AI-KD is for single-label classification'),
+    ([*TEACHER, '--aikd-alpha', '2'], '--aikd-alpha 2.0: allowed is number >= 0 and <= 1'),
+    ([*TEACHER, '--aikd-alpha', 'x'], "argument --aikd-alpha: invalid float value: 'x'"),
+    ([*TEACHER, '--aikd-teacher-temperature', 'x'], "invalid number or auto value: 'x'"),
+    ([*TEACHER, '--aikd-adv-loss', 'gan'], "--aikd-adv-loss 'gan': allowed is bce, hinge"),
+    ([*TEACHER, '--aikd-disc-hidden', '8', '0'], '--aikd-disc-hidden 0'),
+    ([*TEACHER, '--aikd-disc-opt', 'nonsense'], '--aikd-disc-opt nonsense: cannot be used'),
+    ([*TEACHER, '--aikd-disc-opt', 'adahessian'], 'needs second-order gradients'),
+    ([*TEACHER, '--aikd-memory', 'disk'], 'allowed is auto, snapshot'),
+    (['--aikd-teacher', 'test_resnet'], '--aikd-teacher does nothing without --aikd'),
+    (['--aikd-alpha=0.5'], '--aikd-alpha does nothing without --aikd'),
+]
+
+
+@pytest.mark.parametrize('words, message', REFUSED, ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
+def test_refused_by_the_parser_in_one_line(words, message, capsys):
+    with Script() as script, pytest.raises(SystemExit) as caught:
+        script.parse(*words)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and message in error and len(error) < 330
+    assert script.globals == script.before
+
+
+@pytest.mark.parametrize('changes, missing', [
+    ({'ClassificationTask': None}, 'ClassificationTask'),
+    ({'train_one_epoch': None}, 'train_one_epoch(epoch, loader, task)'),
+    ({'train_one_epoch': lambda epoch, model, loader, optimizer, loss_fn, args: None}, 'train_one_epoch(epoch, loader'),
+    ({'resume_task_checkpoint': None}, 'resume_task_checkpoint'),
+])
+def test_a_script_without_the_seams_is_refused(changes, missing, capsys):
+    with Script(**changes) as script, pytest.raises(SystemExit):
+        script.parse(*TEACHER)
+    error = capsys.readouterr().err
+    assert f'somewhere/train.py has no {missing}' in error and 'timm 1.0.27 and later' in error
+    script.parse()  # without --aikd it is no matter of ours
+
+
+@pytest.mark.parametrize('changes', [{'create_loader': None}, {'validate': None}, {'validate': lambda model: None}])
+def test_optional_seams_may_be_missing(changes):
+    with Script(**changes) as script:
+        script.parse(*TEACHER)
+        assert script.globals['train_one_epoch'] is not train_one_epoch
+
+
+def test_binds_and_puts_back():
+    hook = sys.excepthook
+    with Script() as script:
+        script.parse()
+        assert script.globals == script.before and sys.excepthook is hook
+        script.parse(*TEACHER)
+        script.parse(*TEACHER)  # a second main() in one process
+        bound = {name for name, value in script.globals.items() if value != script.before[name]}
+        assert bound == {'ClassificationTask', 'train_one_epoch', 'create_loader', 'validate'}
+        script.parse()
+        assert script.globals == script.before and sys.excepthook is hook
+        script.parse(*TEACHER)
+    assert script.globals == script.before and sys.excepthook is hook
+
+
+def args(script, *words):
+    return script.parse('--aikd', '--aikd-teacher', 'none', *words)
+
+
+class Net(nn.Linear):
+    num_classes = 3
+
+
+def batches(count=2):
+    return [(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])) for _ in range(count)]
+
+
+def test_an_epoch_through_the_seams():
+    with Script() as script:
+        parsed = args(script)
+        task = script.globals['ClassificationTask'](model=Net(5, 3), criterion=nn.CrossEntropyLoss(), verbose=False)
+        assert isinstance(task, AikdTask) and isinstance(task, ClassificationTask) and task.aikd.epochs == 3
+        columns = []
+        for epoch in range(2):
+            metrics = script.globals['train_one_epoch'](epoch, Net(5, 3), batches(), None, parsed, task=task)
+            columns.append(list(metrics))
+        assert columns[0] == columns[1] == ['loss'] + [f'aikd_{name}' for name in (
+            'task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1', 'alpha', 'disc_skipped')]
+        assert metrics['aikd_alpha'] == pytest.approx(0.8 * 2 / 3) and task.aikd.epoch == 1
+        evaluated = script.globals['validate'](task.trainable_module, batches(), nn.CrossEntropyLoss(), parsed)
+        assert list(evaluated) == ['loss', 'ece', 'aurc']
+
+
+def test_a_script_that_trains_without_its_task_is_an_error():
+    with Script() as script:
+        parsed = args(script)
+        with pytest.raises(AikdError, match='without the task'):
+            script.globals['train_one_epoch'](0, None, batches(), None, parsed, task=None)
+    with Script(train_one_epoch=lambda epoch, model, loader, optimizer, args, task=None: OrderedDict()) as script:
+        parsed = args(script)
+        task = script.globals['ClassificationTask'](Net(5, 3), nn.CrossEntropyLoss(), verbose=False)
+        with pytest.raises(AikdError, match='without one AI-KD step'):
+            script.globals['train_one_epoch'](0, None, batches(), None, parsed, task=task)
+
+
+@pytest.mark.parametrize('words, epochs', [
+    ([], 5), (['--cooldown-epochs', '2'], 7), (['--warmup-epochs', '3'], 5),
+    (['--warmup-epochs', '3', '--warmup-prefix'], 8),
+])
+def test_counts_epochs_as_timms_scheduler_does(words, epochs):
+    from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+    parser = argparse.ArgumentParser()
+    for name in ('epochs', 'cooldown', 'warmup'):
+        parser.add_argument(f'--{name}-epochs' if name != 'epochs' else '--epochs', type=int, default=0)
+    parser.add_argument('--warmup-prefix', action='store_true')
+    parsed = parser.parse_args(['--epochs', '5', *words])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
+    kwargs = scheduler_kwargs(argparse.Namespace(**vars(parsed), sched='cosine', min_lr=0., warmup_lr=0.))
+    assert patch._scheduled_epochs(parsed) == create_scheduler_v2(optimizer, **kwargs)[1] == epochs
+
+
+# timm's readers leave their files to the garbage collector
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_calibration_images_are_spread_over_the_classes_and_move_no_stream(image_folder, monkeypatch):
+    import random
+
+    import numpy
+    from timm.data import create_dataset
+
+    monkeypatch.setattr(patch, '_CALIBRATION_IMAGES', 9)
+    seen = []
+    with Script() as script:
+        parsed = args(script)
+        dataset = create_dataset('', root=str(image_folder), split='validation')
+        script.globals['create_loader'](
+            dataset, input_size=(3, 32, 32), batch_size=4, is_training=False, num_workers=0, use_prefetcher=True,
+            device=torch.device('cpu'))
+        bound = patch._patched[id(script.globals)]
+        bound.task = script.globals['ClassificationTask'](Net(5, 3), nn.CrossEntropyLoss(), verbose=False)
+        states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+        with patch._random_streams_kept():
+            for _, target in bound._calibration_batches():
+                seen += target.tolist()
+        assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+        assert (numpy.random.get_state()[1] == states[2]).all()
+        assert parsed.aikd
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_class_names_come_from_the_data_set(image_folder):
+    from timm.data import create_dataset
+
+    dataset = create_dataset('', root=str(image_folder), split='train')
+    assert patch._class_names(dataset) == ['class0', 'class1', 'class2']
+    assert patch._class_names(object()) is None

@@ -1,0 +1,199 @@
+"""Training scripts, ours and timm's unmodified ones, run as a user runs them."""
+import csv
+import os
+
+import pytest
+import timm
+import torch
+import yaml
+
+from .conftest import ROOT, SMALL_RUN, run, training_scripts
+from .hub import HubServer
+
+
+def command(script, images, output, name, *more):
+    return [script, '--data-dir', images, *SMALL_RUN, '--output', output, '--experiment', name, *more]
+
+
+def summary(folder):
+    with open(folder / 'summary.csv') as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder, name='last'):
+    return torch.load(folder / f'{name}.pth.tar', weights_only=False)
+
+
+@pytest.fixture(scope='session')
+def phase1(image_folder, tmp_path_factory):
+    """Output folder of a plain run of our own script: a teacher."""
+    output = tmp_path_factory.mktemp('phase1')
+    run(*command(ROOT / 'examples' / 'train.py', image_folder, output, 'plain', '--epochs', '6'))
+    return output / 'plain'
+
+
+def aikd(teacher, *more):
+    return ['--aikd', '--aikd-teacher', teacher, '--aikd-disc-hidden', '8', *more]
+
+
+def test_inert_without_the_flag(train_script, image_folder, tmp_path):
+    """Bit-identical weights and summary with the plug-in armed and with torch's plug-ins off."""
+    run(*command(train_script, image_folder, tmp_path, 'armed'))
+    run(*command(train_script, image_folder, tmp_path, 'off'), TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert (tmp_path / 'armed/summary.csv').read_bytes() == (tmp_path / 'off/summary.csv').read_bytes()
+    armed, off = (checkpoint(tmp_path / name)['state_dict'] for name in ('armed', 'off'))
+    assert armed.keys() == off.keys() and all(torch.equal(armed[key], off[key]) for key in armed)
+
+
+def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
+    done = run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--model-ema'))
+    log = done.stdout + done.stderr
+    assert 'AI-KD: teacher top-1' in log and 'T_c = ' in log and 'progressive (alpha to 0.8' in log
+    rows = summary(tmp_path / 'student')
+    assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.8
+    for column in ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'disc_skipped', 'teacher_top1'):
+        assert float(rows[1][f'train_aikd_{column}']) >= 0
+    assert all(float(rows[1][name]) > 0 for name in ('eval_ece', 'eval_aurc'))
+
+    saved = checkpoint(tmp_path / 'student')
+    assert saved['args'].aikd_kd_weight == 1.0 and 'task_state_ema' not in saved
+    plain = timm.create_model('test_resnet', num_classes=3)
+    assert saved['state_dict'].keys() == plain.state_dict().keys()
+    assert yaml.safe_load((tmp_path / 'student/args.yaml').read_text())['aikd_disc_hidden'] == [8]
+
+    resumed = run(*command(
+        train_script, image_folder, tmp_path, 'resumed', *aikd(phase1), '--model-ema', '--epochs', '3',
+        '--resume', tmp_path / 'student/last.pth.tar'))
+    assert 'fits them best' not in resumed.stdout + resumed.stderr  # T_c is the checkpoint's
+    again = checkpoint(tmp_path / 'resumed')
+    assert again['epoch'] == again['task_state']['aikd']['epoch'] == 2
+    state, first = again['task_state']['aikd'], saved['task_state']['aikd']
+    assert state['teacher_temperature'] == first['teacher_temperature']
+    steps = [entry['discriminator']['optimizer']['state'][0]['step'].item() for entry in (first, state)]
+    assert steps == [2 * 6, 3 * 6]
+    timm.create_model('test_resnet', num_classes=3, checkpoint_path=tmp_path / 'student/last.pth.tar')
+
+
+def test_yaml_config_and_the_explicit_launcher(train_script, image_folder, phase1, tmp_path):
+    config = dict(aikd=True, aikd_teacher=str(phase1), aikd_disc_hidden=[8], aikd_teacher_temperature=2, aikd_alpha=0.4)
+    (tmp_path / 'config.yaml').write_text(yaml.safe_dump(config))
+    words = command(train_script, image_folder, tmp_path, 'student', '--config', tmp_path / 'config.yaml')
+    run('-m', 'timm_aikd', *words, '--aikd-alpha', '0.6', TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    saved = checkpoint(tmp_path / 'student')
+    assert saved['args'].aikd_alpha == 0.6 and saved['task_state']['aikd']['teacher_temperature'] == 2.
+    assert float(summary(tmp_path / 'student')[1]['train_aikd_alpha']) == 0.6
+
+
+@pytest.mark.parametrize('launcher', [[], ['-m', 'timm_aikd']], ids=['plain', 'explicit'])
+def test_two_ranks_under_torchrun(train_script, image_folder, phase1, tmp_path, launcher):
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *launcher,
+        *command(train_script, image_folder, tmp_path, 'student', *aikd(phase1)))
+    rows = summary(tmp_path / 'student')
+    assert len(rows) == 2 and float(rows[1]['train_aikd_progressive']) > 0
+    # 36 images on 2 ranks in batches of 6 are 3 steps an epoch
+    state = checkpoint(tmp_path / 'student')['task_state']['aikd']
+    assert state['discriminator']['optimizer']['state'][0]['step'].item() == 6
+
+
+def test_a_plain_checkpoint_resumes_under_aikd(train_script, image_folder, phase1, tmp_path):
+    done = run(*command(
+        train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--epochs', '7', '--resume',
+        phase1 / 'last.pth.tar'))
+    assert 'without AI-KD' in done.stdout + done.stderr
+    row, = summary(tmp_path / 'student')
+    assert row['epoch'] == '6' and float(row['train_aikd_progressive']) > 0  # the snapshot is the checkpoint's student
+
+
+def test_help_lists_the_group(train_script):
+    text = run(train_script, '--help').stdout
+    assert 'AI-KD:' in text and '--aikd-teacher SPEC' in text
+    assert '--aikd' not in run(train_script, '--help', TIMM_AIKD_AUTOLOAD='0').stdout
+
+
+@pytest.mark.parametrize('criterion', [['--bce-loss', '--bce-sum'], ['--mixup', '0.4', '--smoothing', '0.1']])
+def test_other_criteria(train_script, image_folder, phase1, tmp_path, criterion):
+    run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), *criterion))
+    assert float(summary(tmp_path / 'student')[1]['train_aikd_kd']) > 0
+
+
+def test_no_validation_split(image_folder, phase1, tmp_path):
+    done = run(*command(
+        training_scripts()['examples'], image_folder, tmp_path, 'student', *aikd(phase1), '--val-split', ''))
+    assert 'T_c = 1' in done.stdout + done.stderr
+    assert 'eval_ece' not in summary(tmp_path / 'student')[0]
+
+
+def test_one_channel_with_means_of_its_own(image_folder, tmp_path):
+    gray = ['--in-chans', '1', '--input-size', '1', '32', '32', '--mean', '0.4', '--std', '0.3']
+    script = training_scripts()['examples']
+    run(*command(script, image_folder, tmp_path, 'teacher', *gray, '--epochs', '6'))
+    other = [*gray[:-3], '0.2', '--std', '0.5']
+    done = run(*command(script, image_folder, tmp_path, 'student', *other, *aikd(tmp_path / 'teacher')))
+    # the teacher's own accuracy is kept although the student is fed otherwise
+    best = max(float(row['eval_top1']) for row in summary(tmp_path / 'teacher'))
+    assert f'AI-KD: teacher top-1 {best:.2f} %' in done.stdout + done.stderr
+
+
+def failure(*words, code=1, **env):
+    """The one line on standard error of a run that must fail, without a traceback."""
+    done = run(*words, check=False, **env)
+    assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_late_errors_end_in_one_line_and_harm_nothing(image_folder, phase1, tmp_path):
+    script = training_scripts()['examples']
+    line = failure(*command(script, image_folder, tmp_path, 'student', *aikd(phase1), '--num-classes', '7'))
+    assert line.startswith('error: --aikd-teacher') and 'has 3 classes, the student has 7' in line
+    assert not (tmp_path / 'student').exists()
+    done = run(
+        *command(script, image_folder, tmp_path, 'student', *aikd(phase1), '--num-classes', '7'), check=False,
+        TIMM_AIKD_TRACEBACK='1')
+    assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+def test_a_teacher_with_the_wrong_class_order_stops_the_run(image_folder, phase1, tmp_path):
+    # three epochs of classes shifted by one: right on few, and never named
+    weights = checkpoint(phase1, 'model_best')
+    for key in ('fc.weight', 'fc.bias'):
+        weights['state_dict'][key] = weights['state_dict'][key].roll(1, 0)
+    torch.save(weights, tmp_path / 'shifted.pth.tar')
+    big = ['--epochs', '40', '--aikd-teacher-temperature', '1']
+    line = failure(*command(
+        training_scripts()['examples'], image_folder, tmp_path, 'student', *aikd(tmp_path / 'shifted.pth.tar'), *big))
+    assert 'no better than chance' in line and 'wrong class order' in line
+
+
+def test_no_step_taken_is_an_error(train_script, image_folder, phase1, tmp_path):
+    line = failure(*command(
+        train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--resume', phase1 / 'last.pth.tar'))
+    assert line.startswith('error: --aikd was given, but no AI-KD step was ever taken')
+
+
+def test_hub_teacher_online_pinned_and_from_the_cache(train_script, image_folder, phase1, tmp_path):
+    from timm.models import save_for_hf
+
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=phase1 / 'model_best.pth.tar')
+    save_for_hf(model, tmp_path / 'repo', safe_serialization=True)
+    with HubServer() as hub:
+        hub.add('org/teacher', tmp_path / 'repo')
+        hub.add('org/teacher', tmp_path / 'repo', revision='v1')
+        online = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'cache'), HF_HUB_DISABLE_XET='1')
+        for name, spec in (('first', 'hf-hub:org/teacher'), ('pinned', 'hf-hub:org/teacher@v1')):
+            words = command(train_script, image_folder, tmp_path, name, '--epochs', '1')
+            run(*words, *aikd(spec), **online)
+            assert float(summary(tmp_path / name)[0]['train_aikd_teacher_top1']) > 50
+        line = failure(*words, *aikd('hf-hub:org/nobody'), **online)
+        assert 'no such repository' in line
+    offline = dict(HF_HOME=str(tmp_path / 'cache'), HF_HUB_OFFLINE='1')
+    words = command(train_script, image_folder, tmp_path, 'offline', '--epochs', '1')
+    run(*words, *aikd('hf-hub:org/teacher@v1'), **offline)
+    line = failure(*words, *aikd('hf-hub:org/other'), **offline)
+    assert 'HF_HUB_OFFLINE' in line and 'local-dir:' in line
+
+
+def test_scripts_of_timm_were_given():
+    """Loud where they are not: the real thing was then not tested."""
+    if not os.environ.get('TIMM_TRAIN_SCRIPTS'):
+        pytest.skip('timm\'s own train.py was NOT tested: set TIMM_TRAIN_SCRIPTS (README, "Development")')
+    assert all(path.is_file() for path in training_scripts().values())
