@@ -69,7 +69,7 @@ def train_script(request):
 SMALL_RUN = (
     '--model', 'test_resnet', '--num-classes', '3', '--input-size', '3', '32', '32', '--device', 'cpu', '-b', '6',
     '--opt', 'adamw', '--lr', '2e-3', '--sched', 'cosine', '--warmup-epochs', '0', '--epochs', '2', '--no-aug',
-    '--smoothing', '0', '-j', '0', '--log-interval', '100',
+    '--smoothing', '0', '-j', '1', '--log-interval', '100',
 )
 
 

@@ -233,9 +233,12 @@ def test_a_teacher_no_better_than_chance_stops_the_run():
     with pytest.raises(AikdError, match=r'first 1024 training samples, no better than chance \(20.0 %\)'):
         feed(aikd, x[960:], y[960:], 64)
     aikd, x, y = chance_aikd(right=0.)
-    feed(aikd, x, y, 256)
-    with pytest.raises(AikdError, match='no better than chance'):  # a short epoch must not hide it
-        aikd.end_epoch()
+    with pytest.raises(AikdError, match='no better than chance'):
+        for epoch in range(6):  # short epochs must not hide it
+            aikd.begin_epoch(epoch, nn.Identity())
+            feed(aikd, x, y, 256)
+            aikd.end_epoch()
+    assert epoch == 3
 
 
 def test_a_teacher_better_than_chance_passes():
@@ -287,10 +290,41 @@ def test_state_restores_everything_and_reports_changed_options(tiny_net, tmp_pat
 
     new(alpha=0.5, temperature=3.).load_state(state)
     assert [message.split()[1] for message in caplog.messages] == ['aikd_alpha', 'aikd_temperature']
-    with pytest.raises(AikdError, match='does not fit'):
-        new(disc_hidden=(3,)).load_state(state)
+    with pytest.raises(AikdError, match='cannot be read'):
+        new().load_state({**state, 'discriminator': {**state['discriminator'], 'weights': {}}})
     with pytest.raises(AikdError, match='version 99'):
         new().load_state({**state, 'version': 99})
+
+
+@pytest.mark.parametrize('options', [
+    dict(disc_opt='lion'), dict(disc_hidden=(3,)), dict(adv_loss='wgan'), dict(disc_input='probs')], ids=str)
+def test_another_discriminator_starts_fresh_and_says_so(tiny_net, caplog, options):
+    config = dict(teacher='given', teacher_temperature=1., alpha=0)
+    old = Aikd(5, tiny_net(), AikdConfig(**config), epochs=4)
+    new, fresh = (Aikd(5, tiny_net(), AikdConfig(**config, **options), epochs=4) for _ in range(2))
+    old.begin_epoch(0, student := tiny_net())
+    step(old, student, *batch())
+    new.load_state(old.get_state())
+    assert 'starts fresh' in caplog.messages[-1]
+    for ours, theirs in zip(new.discriminator.parameters(), fresh.discriminator.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    step(new, student, *batch())
+
+
+def test_changed_numbers_hold_after_a_resume(tiny_net):
+    def new(**options):
+        return Aikd(5, tiny_net(), AikdConfig(**{'teacher': 'given', 'alpha': 0, **options}), epochs=4)
+
+    fixed = new(teacher_temperature=3., disc_lr=0.01)
+    auto = new(disc_lr=0.002)
+    auto.load_state(fixed.get_state())
+    assert auto.needs_temperature  # a number that was given is no fit
+    assert [group['lr'] for group in auto.discriminator.optimizer.param_groups] == [0.002]
+    auto.fit_teacher_temperature([batch(1, 64)])
+    other, number = new(teacher='another'), new(teacher_temperature=2.)
+    for aikd in (other, number):
+        aikd.load_state(auto.get_state())
+    assert other.needs_temperature and number.teacher.temperature == 2.
 
 
 def test_chance_level_of_the_metrics(tiny_net):

@@ -64,7 +64,7 @@ def test_any_first_order_optimizer_of_timm(opt):
     assert not torch.equal(before, weights(disc))
 
 
-@pytest.mark.parametrize('opt, message', [('adahessian', 'second-order'), ('nonsense', 'nonsense')])
+@pytest.mark.parametrize('opt, message', [('adahessian', 'second-order'), ('nonsense', 'nonsense'), ('kron', 'random')])
 def test_unusable_optimizers_are_refused(opt, message):
     with pytest.raises(Exception, match=message):
         Discriminator(5, opt=opt)

@@ -157,6 +157,41 @@ def test_an_epoch_through_the_seams():
         assert list(evaluated) == ['loss', 'ece', 'aurc']
 
 
+def test_yaml_options_without_the_switch_are_reported(caplog):
+    with Script() as script:
+        script.parse()
+        assert not caplog.messages
+        script.parser.set_defaults(aikd_alpha=0.5)
+        script.parse()
+    assert caplog.messages == ['AI-KD: aikd_alpha is set, but aikd is not: this is plain training']
+
+
+def test_a_lazy_global_does_not_hide_the_parser():
+    class Proxy:
+        @property
+        def __class__(self):
+            raise RuntimeError('not loaded yet')
+
+    from timm_aikd import autoload
+
+    assert not autoload._is_training(Proxy()) and autoload._is_training(training_parser())
+
+
+@pytest.mark.parametrize('total, epochs', [(10, 5), (None, 3)])
+def test_scheduled_epochs_are_what_the_script_says(total, epochs):
+    def train(epoch, model, loader, optimizer, args, task=None, num_updates_total=None):
+        return train_one_epoch(epoch, model, loader, optimizer, args, task)
+
+    with Script(train_one_epoch=train) as script:
+        parsed = args(script)
+        bound = patch._patched[id(script.globals)]
+        bound.args.grad_accum_steps = 2
+        task = script.globals['ClassificationTask'](Net(5, 3), nn.CrossEntropyLoss(), verbose=False)
+        script.globals['train_one_epoch'](
+            0, None, batches(3), None, parsed, task=task, num_updates_total=total)  # 2 updates an epoch
+        assert task.aikd.epochs == epochs
+
+
 def test_a_script_that_trains_without_its_task_is_an_error():
     with Script() as script:
         parsed = args(script)
@@ -200,7 +235,7 @@ def test_calibration_images_are_spread_over_the_classes_and_move_no_stream(image
         parsed = args(script)
         dataset = create_dataset('', root=str(image_folder), split='validation')
         script.globals['create_loader'](
-            dataset, input_size=(3, 32, 32), batch_size=4, is_training=False, num_workers=0, use_prefetcher=True,
+            dataset, input_size=(3, 32, 32), batch_size=4, is_training=False, num_workers=1, use_prefetcher=True,
             device=torch.device('cpu'))
         bound = patch._patched[id(script.globals)]
         bound.task = script.globals['ClassificationTask'](Net(5, 3), nn.CrossEntropyLoss(), verbose=False)

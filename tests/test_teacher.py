@@ -21,7 +21,8 @@ from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_aikd import AikdError, Teacher, load_teacher
-from timm_aikd.teacher import better_than_chance, parse_spec
+from timm_aikd.source import parse_spec
+from timm_aikd.teacher import better_than_chance
 
 from .conftest import run
 from .hub import HubServer
@@ -258,7 +259,7 @@ def test_ema_weights_come_first(folder, student, keys, kept):
     assert_same_weights(teacher.model, models[kept])
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.'])
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.'])
 def test_wrappers_leave_no_mark(folder, student, prefix):
     model = source(1)
     torch.save({'state_dict': {prefix + name: tensor for name, tensor in model.state_dict().items()}}, 'x.pth')
@@ -283,6 +284,12 @@ def test_a_run_folder_gives_its_best_model(folder, student, with_ema):
     assert_same_weights(teacher.model, best_ema if with_ema else best)
 
 
+def test_batchnorm_keeps_the_eps_of_the_run(folder, student):
+    save(source(1), 'run.pth.tar', bn_eps=0.1)
+    model = load_teacher('run.pth.tar', student=student).model
+    assert {module.eps for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.1}
+
+
 def test_the_architecture_is_the_one_given_else_stored_else_the_default(folder, student):
     vit = source(1, 'test_vit', img_size=32)
     save(vit, 'stored.pth.tar', model='test_vit', img_size=32)
@@ -305,9 +312,11 @@ def test_model_arguments_of_the_run_are_used_again(folder, student):
 
 
 def test_a_student_within_wrappers_is_looked_at_itself(folder):
-    save(source(1), 'x.pth')
-    wrapped = nn.parallel.DataParallel(source(9))
-    assert load_teacher('x.pth', student=wrapped, default_model_name='test_resnet').model.num_classes == 5
+    model = source(1)
+    save(model, 'x.pth.tar')
+    teacher = load_teacher('x.pth.tar', student=nn.parallel.DataParallel(source(9, overlay=ODD)))
+    torch.testing.assert_close(teacher(batch()), renormalised(model, batch(), ODD, HALF), rtol=0, atol=1e-5)
+    refused('x.pth.tar', nn.parallel.DataParallel(source(9, num_classes=7)), 'has 5 classes, the student has 7')
 
 
 # the numbers

@@ -5,7 +5,8 @@ The files, in reading order:
     loss           the equations: one pure function a term
     discriminator  the discriminator and its sidecar optimizer
     memory         the student's predictions of the previous epoch
-    teacher        a spec (Hub id, folder, file, timm model name) -> a frozen, checked teacher
+    source         a teacher spec (Hub id, folder, file, timm model name) -> a model with its own weights
+    teacher        that model frozen, checked against the student and fed as it was trained
     calibration    temperature scaling, ECE, AURC
     config         every option, once
     aikd           the method: the parts above joined into one regularised loss

@@ -18,8 +18,9 @@ from .teacher import Teacher, better_than_chance
 _logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
+_SAME_TEACHER = ('teacher', 'teacher_model', 'teacher_dtype')  # or its T_c is fitted anew
+_SAME_DISCRIMINATOR = ('adv_loss', 'disc_input', 'disc_hidden', 'disc_opt')  # or it starts fresh
 _CHANCE_SAMPLES = 1024  # training samples, over all ranks, after which the teacher's top-1 is tested
-_CHANCE_MINIMUM = 128  # fewer than these say too little at the end of an epoch
 
 # What a step adds to the epoch's sums, each times the batch size: its mean over the epoch's samples is reported.
 _MEANS = ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1')
@@ -68,6 +69,7 @@ class Aikd(nn.Module):
         self.teacher: Teacher | None = None
         self.discriminator: Discriminator | None = None
         self.needs_temperature = False
+        self.fitted_temperature: float | None = None
         self.memory = SnapshotMemory() if config.alpha > 0 else None
         if config.has_teacher:
             self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher).to(device)
@@ -77,7 +79,7 @@ class Aikd(nn.Module):
                 num_classes, config.disc_hidden, config.disc_input, config.adv_loss, config.disc_opt, config.disc_lr,
                 config.seed, binary, device)
         self.epoch = 0
-        self.alpha = 0.
+        self.alpha, self.adv_weight = 0., config.adv_weight
         self.steps = 0  # taken by this object, in any epoch
         self._chance_seen: int | None = 0  # samples so far; None: tested
         self.register_buffer('_sums', torch.zeros(len(_MEANS) + 2, device=device), persistent=False)
@@ -105,9 +107,14 @@ class Aikd(nn.Module):
         """
         assert self.teacher is not None
         self.teacher.temperature = 1.
-        outputs = [(self.teacher(input), target) for input, target in batches]
-        logits = gather_rows(torch.cat([logits for logits, _ in outputs]))
-        target = gather_rows(torch.cat([target for _, target in outputs]))
+        device = self._sums.device
+        logits, target = [torch.empty(0, self.num_classes, device=device)], [torch.empty(0, dtype=int, device=device)]
+        for input, labels in batches:
+            logits.append(self.teacher(input))
+            target.append(labels)
+        logits, target = gather_rows(torch.cat(logits)), gather_rows(torch.cat(target))
+        if len(target) == 0:
+            raise AikdError('AI-KD: no validation images to fit T_c on; set --aikd-teacher-temperature to a number')
         if logits.shape[-1] != self.num_classes or not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
             raise AikdError(
                 f'AI-KD: the teacher has {logits.shape[-1]} classes, the validation labels go from {int(target.min())} '
@@ -116,6 +123,7 @@ class Aikd(nn.Module):
         if _distributed():
             dist.broadcast(temperature, 0)
         self._set_temperature(temperature.item())
+        self.fitted_temperature = temperature.item()
         if temperature <= TEMPERATURE_RANGE[0] * 1.01 or temperature >= TEMPERATURE_RANGE[1] * 0.99:
             _logger.warning(
                 f'AI-KD: T_c ran into the end of its range, {TEMPERATURE_RANGE}: these images cannot tell it; '
@@ -234,12 +242,7 @@ class Aikd(nn.Module):
             Means of the terms, unweighted: `task`, `progressive`, `kd`, `adv`, `disc`; the weight `alpha`;
             `disc_accuracy`, how often D told the two outputs for a sample apart (0.5 is chance); `disc_skipped`,
             steps that D skipped; `teacher_top1` on the training batches, in percent.
-
-        Raises:
-            AikdError: The teacher's top-1 is no better than chance.
         """
-        if self.teacher is not None and (self._chance_seen or 0) * _world_size() >= _CHANCE_MINIMUM:
-            self._test_chance()
         sums = self._sums.clone()
         if _distributed():
             dist.all_reduce(sums)
@@ -251,9 +254,10 @@ class Aikd(nn.Module):
     def get_state(self) -> dict[str, Any]:
         """State for a checkpoint: tensors and plain containers, no weights of the teacher or of the memory."""
         state = {'version': _STATE_VERSION, 'config': self.config.to_dict(), 'epoch': self.epoch}
-        if self.teacher is not None and not self.needs_temperature:
-            state['teacher_temperature'] = self.teacher.temperature
+        if self.fitted_temperature is not None:
+            state['teacher_temperature'] = self.fitted_temperature
         if self.discriminator is not None:
+            state['binary'] = self.binary
             state['discriminator'] = self.discriminator.get_state()
         return state
 
@@ -261,7 +265,7 @@ class Aikd(nn.Module):
         """Continue from `get_state`; options that changed since are reported, and the new ones hold.
 
         Raises:
-            AikdError: The state is not ours or of a newer version, or its discriminator has another shape.
+            AikdError: The state is not ours or of a newer version, or its discriminator is damaged.
         """
         if state.get('version') != _STATE_VERSION:
             raise AikdError(
@@ -272,17 +276,20 @@ class Aikd(nn.Module):
             if config.get(name) != changed.get(name):
                 _logger.warning(
                     f'AI-KD: aikd_{name} was {changed.get(name)!r} in the checkpoint, is {config.get(name)!r} now')
-        if self.teacher is not None and self.needs_temperature and config['teacher'] == changed.get('teacher'):
-            self._set_temperature(state.get('teacher_temperature', 'auto'))
-        if self.discriminator is not None and 'discriminator' in state:
-            try:
-                self.discriminator.load_state(state['discriminator'])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise AikdError(
-                    'AI-KD: the checkpoint\'s discriminator does not fit the present one: keep the --aikd-disc-* '
-                    'options of the checkpoint') from error
-        elif self.discriminator is not None:
-            _logger.warning('AI-KD: the checkpoint has no discriminator: it starts fresh')
+        if self.needs_temperature and all(config[name] == changed.get(name) for name in _SAME_TEACHER):
+            self.fitted_temperature = state.get('teacher_temperature')
+            self._set_temperature(self.fitted_temperature or 'auto')
+        if self.discriminator is None:
+            return
+        same = all(config[name] == changed.get(name) for name in _SAME_DISCRIMINATOR)
+        if 'discriminator' not in state or not same or state.get('binary') != self.binary:
+            _logger.warning('AI-KD: the checkpoint has no such discriminator: it starts fresh')
+            return
+        try:
+            self.discriminator.load_state(state['discriminator'])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise AikdError(
+                'AI-KD: the checkpoint\'s discriminator cannot be read: resume from another checkpoint') from error
 
 
 def _distributed() -> bool:

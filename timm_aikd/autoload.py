@@ -40,8 +40,7 @@ def unwatch_parsers() -> None:
     _armed = False
     if _original is not None and argparse.ArgumentParser.parse_known_args is _parse_known_args:
         argparse.ArgumentParser.parse_known_args = _original
-        _original = None  # argparse's own method while ours stands in its place
-_armed = False
+        _original = None
 
 
 def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
@@ -70,4 +69,5 @@ def _calling_globals() -> dict:
 
 
 def _is_training(parser) -> bool:
-    return isinstance(parser, argparse.ArgumentParser) and SIGNATURE <= {action.dest for action in parser._actions}
+    # issubclass: isinstance would ask a lazy proxy among the globals for its __class__
+    return issubclass(type(parser), argparse.ArgumentParser) and SIGNATURE <= {x.dest for x in parser._actions}

@@ -18,7 +18,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor, binary: bool = F
         target: Class indices [N].
         binary: NLL of C independent probabilities rather than of one distribution.
     """
-    logits = logits.detach().double().cpu()
+    logits = logits.detach().cpu().double()
     target = target.cpu()
     one_hot = F.one_hot(target, logits.shape[-1]).to(logits.dtype)
 

@@ -31,7 +31,7 @@ class Discriminator(nn.Module):
         device: Where D lives.
 
     Raises:
-        ValueError: The optimizer is unknown or needs second-order gradients.
+        ValueError: The optimizer is unknown, needs second-order gradients or moves the global random stream.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Discriminator(nn.Module):
             device: torch.device | None = None,
     ):
         super().__init__()
-        self.input, self.loss, self.binary = input, loss, binary
+        if opt.startswith('kron'):
+            raise ValueError(f'Discriminator optimizer {opt!r} draws from the global random stream, use another one.')
+        self.input, self.loss, self.binary, self.lr = input, loss, binary, lr
         widths = [num_classes, *hidden]
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA streams too
@@ -144,7 +146,9 @@ class Discriminator(nn.Module):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `get_state` was taken."""
+        """Continue exactly where `get_state` was taken, but at this object's learning rate."""
         self.mlp.load_state_dict(state['weights'])
         self.optimizer.load_state_dict(state['optimizer'])
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.lr
         self._generator.set_state(state['generator'])

@@ -3,6 +3,7 @@ import argparse
 import atexit
 import inspect
 import logging
+import math
 import os
 import random
 import sys
@@ -60,6 +61,7 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
             except AikdError as error:
                 self.error(str(error))
         else:
+            _warn_of_idle_options(parsed)
             stray = [str(word).partition('=')[0] for word in words if str(word).startswith('--aikd-')]
             if stray:
                 self.error(f'{stray[0]} does nothing without --aikd: add --aikd or leave it out')
@@ -90,7 +92,7 @@ def restore(script: dict[str, Any]) -> None:
 
 def _check_arguments(args: argparse.Namespace):
     from .config import AikdConfig
-    from .teacher import FORMS, parse_spec
+    from .source import FORMS, parse_spec
 
     config = AikdConfig.from_args(args)
     for name, flag, conflicts, remedy in _CONFLICTS:
@@ -196,6 +198,9 @@ class _Script:
         if task.aikd.needs_temperature and self.validation is not None:
             with _random_streams_kept():
                 task.calibrate(self._calibration_batches())
+        if bound.get('num_updates_total'):  # what timm's scheduler made of --epochs, exactly
+            updates = math.ceil(len(loader) / self.args.grad_accum_steps)
+            task.aikd.epochs = bound['num_updates_total'] // updates
         task.begin_epoch(bound['epoch'], loader)
         steps = task.aikd.steps
         metrics = self.original['train_one_epoch'](*args, **kwargs)
@@ -227,7 +232,7 @@ class _Script:
         bound.arguments['loss_fn'] = recording_loss_fn
         metrics = self.original['validate'](*bound.args, **bound.kwargs)
         if predictions:
-            confidence, correct = (gather_rows(_concatenate(column)) for column in zip(*predictions, strict=True))
+            confidence, correct = (gather_rows(_concatenate(column)).cpu() for column in zip(*predictions, strict=True))
             metrics['ece'] = expected_calibration_error(confidence, correct)
             metrics['aurc'] = area_under_risk_coverage(confidence, correct)
         return metrics
@@ -270,8 +275,18 @@ class _Script:
         os._exit(1)  # the only way to fail from here; nothing has been trained
 
 
+def _warn_of_idle_options(args: argparse.Namespace) -> None:
+    """Options from a YAML file that forgot `aikd: true`; a saved args.yaml of a plain run holds defaults only."""
+    from .config import AikdConfig
+
+    for name, default in AikdConfig().to_dict().items():
+        if getattr(args, f'aikd_{name}') != default:
+            _package_logger.warning(f'AI-KD: aikd_{name} is set, but aikd is not: this is plain training')
+            return
+
+
 def _scheduled_epochs(args: argparse.Namespace) -> int:
-    """Epochs of timm's schedule with its default single cycle, as `create_scheduler_v2` counts them."""
+    """Epochs of timm's cosine schedule with its default single cycle, where the script does not tell."""
     warmup = args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0
     return max(1, args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup)
 

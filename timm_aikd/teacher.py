@@ -1,33 +1,22 @@
-"""The teacher: a spec (Hub id, folder, file, timm model name) made into a frozen, checked model."""
-import argparse
+"""The teacher: frozen, checked against the student, fed as it was trained, answering with calibrated logits."""
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import clean_state_dict, create_model, is_model
 from timm.utils import unwrap_model
 
 from . import AikdError
+from .source import from_file, from_timm, parse_spec
 
 _logger = logging.getLogger(__name__)
 
-WEIGHT_SUFFIXES = ('.pth.tar', '.pth', '.pt', '.bin', '.safetensors')
-FORMS = (
-    'hf-hub:ORG/NAME[@REVISION], local-dir:PATH, a weights file ({}), the output folder of a run, '
-    'a timm model name, or none'.format(' '.join(WEIGHT_SUFFIXES))
-)
-_HUB_ID = re.compile(r'[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?')
 _CHANCE_LEVEL = 0.001
 
 
@@ -95,42 +84,6 @@ class Teacher(nn.Module):
         return logits / self.temperature if self.temperature != 1. else logits
 
 
-def parse_spec(spec: str) -> tuple[str, str]:
-    """Kind and value of a teacher spec, checked as far as this machine's disk can tell.
-
-    Returns:
-        ('none', ''), ('hf-hub', 'ORG/NAME[@REVISION]'), ('local-dir', folder), ('file', path) or ('name', model).
-
-    Raises:
-        AikdError: An unknown form, or a file or folder that is not there.
-    """
-    source, colon, value = spec.partition(':')
-    if spec == 'none':
-        return 'none', ''
-    if colon and source in ('hf-hub', 'hf_hub'):
-        if not _HUB_ID.fullmatch(value) or '..' in value:
-            raise AikdError(f'--aikd-teacher {spec}: a Hub teacher is written hf-hub:ORG/NAME[@REVISION]')
-        return 'hf-hub', value
-    if colon and source == 'local-dir':
-        if not (Path(value) / 'config.json').is_file():
-            raise AikdError(f'--aikd-teacher {spec}: no config.json in this folder; save_for_hf of timm writes one')
-        return 'local-dir', value
-    path = Path(spec)
-    if spec.endswith(WEIGHT_SUFFIXES):
-        if not path.is_file():
-            raise AikdError(f'--aikd-teacher {spec}: no such file: check the path')
-        return 'file', spec
-    if path.is_dir():
-        if not (path / 'model_best.pth.tar').is_file():
-            other = f'use local-dir:{spec}' if (path / 'config.json').is_file() else 'name a weights file'
-            raise AikdError(f'--aikd-teacher {spec}: not the output of a run, it has no model_best.pth.tar; {other}')
-        return 'file', str(path / 'model_best.pth.tar')
-    if is_model(spec):
-        return 'name', spec
-    hint = f'; did you mean hf-hub:{spec}' if _HUB_ID.fullmatch(spec) else ''
-    raise AikdError(f'--aikd-teacher {spec}: no such file, folder or timm model{hint}; allowed: {FORMS}')
-
-
 def load_teacher(
         spec: str,
         student: nn.Module,
@@ -169,9 +122,9 @@ def load_teacher(
     student = unwrap_model(student)
     with torch.random.fork_rng(devices=[]):
         if kind == 'file':
-            model, config = _from_file(value, model_name, default_model_name, student)
+            model, config = from_file(value, model_name, default_model_name, student)
         else:
-            model, config = _from_timm(kind, value, spec)
+            model, config = from_timm(kind, value, spec)
     model.eval()
     _check_shape(spec, model, student)
     columns = _match_classes(spec, model, class_names)
@@ -197,123 +150,6 @@ def better_than_chance(correct: int, count: int, num_classes: int) -> bool:
         for k in range(correct, count + 1)
     ]
     return sum(map(math.exp, log_tail)) < _CHANCE_LEVEL
-
-
-def _from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        model = create_model(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
-    except Exception as error:
-        raise _explain(error, spec) from error
-    return model, model.pretrained_cfg
-
-
-def _explain(error: Exception, spec: str) -> AikdError:
-    """Whatever stopped the Hub client or timm, as one line with a remedy."""
-    from huggingface_hub import errors as hub
-
-    name = f'--aikd-teacher {spec}'
-    elsewhere = 'or give the teacher as local-dir:PATH or a weights file'
-    if isinstance(error, hub.GatedRepoError):
-        return AikdError(f'{name}: is gated; accept its terms on the Hub, then log in with `hf auth login` or HF_TOKEN')
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return AikdError(f'{name}: no such repository on the Hub, or a private one: check the name, or set HF_TOKEN')
-    if isinstance(error, hub.RevisionNotFoundError):
-        return AikdError(f'{name}: the repository has no such branch, tag or commit: check what follows the @')
-    if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)):
-        return AikdError(
-            f'{name}: not in the cache, and the Hub is offline or out of reach: unset HF_HUB_OFFLINE, check the '
-            f'network and HF_ENDPOINT, point HF_HOME at a filled cache, {elsewhere}')
-    if isinstance(error, hub.EntryNotFoundError):
-        file = str(error.response.url).rpartition('/')[2]
-        return AikdError(f'{name}: the repository has no {file}, which a timm model needs; choose another')
-    return AikdError(
-        f'{name}: could not be loaded as a timm model with pretrained weights ({type(error).__name__}: '
-        f'{_one_line(error)}); check it, try again, {elsewhere}')
-
-
-def _one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 100 else f'{text[:97]}...'
-
-
-def _from_file(
-        path: str,
-        model_name: str | None,
-        default_model_name: str | None,
-        student: nn.Module,
-) -> tuple[nn.Module, dict[str, Any] | None]:
-    """A model built after its own weights: their classes and channels, not the student's."""
-    weights, arguments = read_checkpoint(path)
-    name = model_name or arguments.get('model') or default_model_name
-    if name is None:
-        raise AikdError(f'--aikd-teacher {path}: stores no architecture; name it with --aikd-teacher-model')
-    kwargs = dict(arguments.get('model_kwargs') or {}, global_pool=arguments.get('gp'))
-    try:
-        config = create_model(name, **kwargs).pretrained_cfg
-    except Exception as error:
-        raise AikdError(
-            f'--aikd-teacher {path}: no such architecture {name!r} ({_one_line(error)}); '
-            f'name another with --aikd-teacher-model') from error
-    kwargs['num_classes'] = _length(weights, config.get('classifier'), 0, default=getattr(student, 'num_classes', None))
-    kwargs['in_chans'] = _length(weights, config.get('first_conv'), 1, default=arguments.get('in_chans') or 3)
-    *_, height, width = arguments.get('input_size') or [arguments.get('img_size')] * 2
-    tries = [{}]
-    if height and config.get('fixed_input_size') and 'img_size' not in kwargs:
-        # first, for the weights of a Swin fit any size
-        tries.insert(0, {'img_size': height if height == width else (height, width)})
-    for extra in tries:
-        model = create_model(name, **kwargs, **extra)
-        misfit = _misfit(model, weights)
-        if misfit is None:
-            model.load_state_dict(weights)
-            return model, resolve_data_config(arguments, model=model) if arguments else None
-    raise AikdError(
-        f'--aikd-teacher {path}: these weights are not those of a {name} ({misfit}); '
-        f'name their architecture with --aikd-teacher-model')
-
-
-def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and training arguments of a file; EMA weights where it has them. Never unpickles code.
-
-    Raises:
-        AikdError: Not readable, not a checkpoint, or one that needs more than tensors and plain containers.
-    """
-    try:
-        if path.endswith('.safetensors'):
-            return safetensors.torch.load_file(path), {}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments so
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # of pickle, zip, safetensors or the file system
-        raise AikdError(
-            f'--aikd-teacher {path}: not readable as weights, truncated, or more than tensors and plain containers, '
-            f'which is never unpickled ({type(error).__name__}); save it again or as .safetensors') from error
-    arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = {**checkpoint[key]}
-            break
-    if not isinstance(checkpoint, dict) or not checkpoint or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()):
-        raise AikdError(f'--aikd-teacher {path}: holds no state dict; save the weights as model.state_dict()')
-    return clean_state_dict(checkpoint), dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
-
-
-def _length(weights: dict[str, torch.Tensor], layers: Any, dim: int, default: int) -> int:
-    """Size of the weight of the layer that timm's config names (the first of several)."""
-    layer = layers[0] if isinstance(layers, (tuple, list)) else layers
-    weight = weights.get(f'{layer}.weight')
-    return weight.shape[dim] if weight is not None else default
-
-
-def _misfit(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:
-    own = model.state_dict()
-    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    if wrong:
-        return f'{wrong[0]} is {list(weights[wrong[0]].shape)}, not {list(own[wrong[0]].shape)}'
-    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or surplus:
-        return f'{len(missing)} keys missing, {len(surplus)} unknown, such as {(missing + surplus)[0]}'
-    return None
 
 
 def _check_shape(spec: str, model: nn.Module, student: nn.Module) -> None:
