@@ -285,7 +285,7 @@ def test_a_run_folder_gives_its_best_model(folder, student, with_ema):
 
 
 def test_batchnorm_keeps_the_eps_of_the_run(folder, student):
-    save(source(1), 'run.pth.tar', bn_eps=0.1)
+    save(source(1, 'test_efficientnet'), 'run.pth.tar', model='test_efficientnet', bn_eps=0.1)
     model = load_teacher('run.pth.tar', student=student).model
     assert {module.eps for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.1}
 
