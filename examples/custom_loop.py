@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from timm_aikd import AikdConfig, AikdTask
 
-EPOCHS = 15
+EPOCHS = 60
 
 
 def mlp(seed: int) -> nn.Module:
