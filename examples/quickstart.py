@@ -59,6 +59,8 @@ class RunError(Exception):
 
 def main():
     args = parser.parse_args()
+    if not args.train_script.is_file():
+        parser.error(f'--train-script {args.train_script}: no such file')
     start = time.time()
     write_images(args.output / 'digits')
     jobs = min(2, os.cpu_count() or 1) if args.device == 'cpu' else 1
