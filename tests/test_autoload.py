@@ -132,6 +132,21 @@ def test_never_raises(monkeypatch):
     autoload.unwatch_parsers()
 
 
+def test_a_failing_adoption_leaves_the_script_its_parse(armed):
+    parser = training_parser()
+    parser.add_argument('--aikd-alpha', type=int)  # a name that we need
+    script = in_script('args = parser.parse_args(["--model", "x"])', parser=parser)
+    assert script['args'].model == 'x'
+
+
+def test_a_plain_run_loads_nothing_that_needs_timm():
+    code = (
+        'import argparse, sys, torch; from timm_aikd import autoload; p = argparse.ArgumentParser(); '
+        '[p.add_argument("--" + x) for x in autoload.SIGNATURE]; autoload.watch_parsers(); '
+        'print(p.parse_args([]).aikd, "timm" in sys.modules)')
+    assert run('-c', code).stdout == 'False False\n'
+
+
 def test_imports_the_standard_library_only():
     code = (
         'import sys; before = set(sys.modules); import timm_aikd.autoload; '

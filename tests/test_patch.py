@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.data import create_loader
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-from timm_aikd import AikdError, AikdTask, patch
+from timm_aikd import AikdError, AikdTask, arguments, patch
 
 from .test_autoload import training_parser
 
@@ -218,7 +218,7 @@ def test_counts_epochs_as_timms_scheduler_does(words, epochs):
     parsed = parser.parse_args(['--epochs', '5', *words])
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
     kwargs = scheduler_kwargs(argparse.Namespace(**vars(parsed), sched='cosine', min_lr=0., warmup_lr=0.))
-    assert patch._scheduled_epochs(parsed) == create_scheduler_v2(optimizer, **kwargs)[1] == epochs
+    assert arguments.scheduled_epochs(parsed) == create_scheduler_v2(optimizer, **kwargs)[1] == epochs
 
 
 # timm's readers leave their files to the garbage collector

@@ -11,6 +11,7 @@ The files, in reading order:
     config         every option, once
     aikd           the method: the parts above joined into one regularised loss
     task           the method as a timm training task
+    arguments      a script's arguments: what is refused before anything is built
     patch          the only file that touches a training script
     autoload       arms patch when torch is imported
     launch         runs a script with the patch armed (`python -m timm_aikd train.py ...`)

@@ -48,15 +48,15 @@ def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
     try:
         script = _calling_globals() if _armed else {}
         found = [x for x in {id(x): x for x in [*script.values(), self]}.values() if _armed and _is_training(x)]
+        if found:
+            from . import patch
+            unwatch_parsers()
+            for parser in found:
+                patch.adopt(parser, script)
     except Exception:
-        found = []  # not our script, whatever it is
-    if found:
-        from . import patch
-        unwatch_parsers()
-        for parser in found:
-            patch.adopt(parser, script)
-        if self in found:
-            return self.parse_known_args(args, namespace, *more, **kwargs)
+        found = []  # whatever is wrong with us, the program parses; it will say that it knows no --aikd
+    if self in found:
+        return self.parse_known_args(args, namespace, *more, **kwargs)
     return parse(self, args, namespace, *more, **kwargs)
 
 

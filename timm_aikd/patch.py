@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,15 +25,6 @@ SEAMS: dict[str, tuple[set[str], bool]] = {
     'validate': ({'loss_fn'}, True),  # for eval_ece and eval_aurc
 }
 
-# arguments that cannot go with --aikd: what they are compared with, and the remedy
-_CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ('kd_model_name', '--kd-model-name', bool, 'AI-KD has a kd term of its own, with --aikd-teacher'),
-    ('jsd_loss', '--jsd-loss', bool, 'use the cross-entropy or --bce-loss'),
-    ('aug_splits', '--aug-splits', lambda x: x > 0, 'leave the splits out'),
-    ('torchscript', '--torchscript', bool, 'use --torchcompile'),
-    ('naflex_loader', '--naflex-loader', bool, 'use a model and loader of fixed-size images'),
-    ('task', '--task', lambda x: 'multi' in str(x), 'AI-KD is for single-label classification'),
-)
 _CALIBRATION_IMAGES = 2048
 
 _package_logger = logging.getLogger(__package__)
@@ -49,7 +40,6 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
 
     if any(action.dest == 'aikd' for action in parser._actions):
         return
-    AikdConfig.add_arguments(parser)
 
     def parse_known_args(self, args=None, namespace=None, *more, **kwargs):
         words = sys.argv[1:] if args is None else list(args)
@@ -68,6 +58,7 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
         return parsed, rest
 
     parser.parse_known_args = types.MethodType(parse_known_args, parser)
+    AikdConfig.add_arguments(parser)
 
 
 def apply(script: dict[str, Any], args: argparse.Namespace) -> None:
@@ -78,8 +69,10 @@ def apply(script: dict[str, Any], args: argparse.Namespace) -> None:
             seams.
     """
     restore(script)
-    config = _check_arguments(args)
-    _check_seams(script)
+    _check_seams(script)  # first: the rest needs a timm that has what the seams are about
+    from .arguments import check_arguments
+
+    config = check_arguments(args)
     _patched[id(script)] = _Script(script, args, config)
 
 
@@ -90,34 +83,14 @@ def restore(script: dict[str, Any]) -> None:
         patched.unbind()
 
 
-def _check_arguments(args: argparse.Namespace):
+def _warn_of_idle_options(args: argparse.Namespace) -> None:
+    """Options from a YAML file that forgot `aikd: true`; a saved args.yaml of a plain run holds defaults only."""
     from .config import AikdConfig
-    from .source import FORMS, parse_spec
 
-    config = AikdConfig.from_args(args)
-    for name, flag, conflicts, remedy in _CONFLICTS:
-        value = getattr(args, name, None)
-        if value is not None and conflicts(value):
-            given = flag if value is True else f'{flag} {value}'
-            raise AikdError(f'{given} cannot go with --aikd: {remedy}')
-    if config.has_teacher:
-        if config.teacher is None:
-            raise AikdError(f'--aikd needs a teacher: --aikd-teacher with {FORMS}')
-        parse_spec(config.teacher)
-    if config.has_teacher and config.adv_weight > 0:
-        _check_optimizer(config)
-    return config
-
-
-def _check_optimizer(config) -> None:
-    from .discriminator import Discriminator
-
-    try:
-        Discriminator(2, config.disc_hidden[:0], opt=config.disc_opt, lr=config.disc_lr)
-    except Exception as error:  # timm's own of many kinds
-        raise AikdError(
-            f'--aikd-disc-opt {config.disc_opt}: cannot be used ({" ".join(str(error).split())[:100]}); '
-            f'timm.optim.list_optimizers() lists the names') from error
+    for name, default in AikdConfig().to_dict().items():
+        if getattr(args, f'aikd_{name}', default) != default:
+            _package_logger.warning(f'AI-KD: aikd_{name} is set, but aikd is not: this is plain training')
+            return
 
 
 def _check_seams(script: dict[str, Any]) -> None:
@@ -167,6 +140,7 @@ class _Script:
     def ClassificationTask(self, *args, **kwargs):
         from timm.data import resolve_data_config
 
+        from .arguments import scheduled_epochs
         from .task import AikdTask
         from .teacher import load_teacher
 
@@ -187,7 +161,7 @@ class _Script:
                 std=data_config['std'],
                 class_names=self.class_names,
             )
-        self.task = AikdTask(*args, teacher=teacher, config=config, epochs=_scheduled_epochs(self.args), **kwargs)
+        self.task = AikdTask(*args, teacher=teacher, config=config, epochs=scheduled_epochs(self.args), **kwargs)
         return self.task
 
     def train_one_epoch(self, *args, **kwargs):
@@ -273,22 +247,6 @@ class _Script:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the only way to fail from here; nothing has been trained
-
-
-def _warn_of_idle_options(args: argparse.Namespace) -> None:
-    """Options from a YAML file that forgot `aikd: true`; a saved args.yaml of a plain run holds defaults only."""
-    from .config import AikdConfig
-
-    for name, default in AikdConfig().to_dict().items():
-        if getattr(args, f'aikd_{name}') != default:
-            _package_logger.warning(f'AI-KD: aikd_{name} is set, but aikd is not: this is plain training')
-            return
-
-
-def _scheduled_epochs(args: argparse.Namespace) -> int:
-    """Epochs of timm's cosine schedule with its default single cycle, where the script does not tell."""
-    warmup = args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0
-    return max(1, args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup)
 
 
 def _class_names(dataset) -> list[str] | None:

@@ -1,0 +1,55 @@
+"""The arguments of a training script: what is checked, and told from them, before anything is built."""
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from . import AikdError
+from .config import AikdConfig
+from .discriminator import Discriminator
+from .source import FORMS, parse_spec
+
+# arguments that cannot go with --aikd: what they are compared with, and the remedy
+_CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ('kd_model_name', '--kd-model-name', bool, 'AI-KD has a kd term of its own, with --aikd-teacher'),
+    ('jsd_loss', '--jsd-loss', bool, 'use the cross-entropy or --bce-loss'),
+    ('aug_splits', '--aug-splits', lambda x: x > 0, 'leave the splits out'),
+    ('torchscript', '--torchscript', bool, 'use --torchcompile'),
+    ('naflex_loader', '--naflex-loader', bool, 'use a model and loader of fixed-size images'),
+    ('task', '--task', lambda x: 'multi' in str(x), 'AI-KD is for single-label classification'),
+)
+
+
+def check_arguments(args: argparse.Namespace) -> AikdConfig:
+    """The options among a script's arguments, checked as far as it goes before anything is built.
+
+    Raises:
+        AikdError: A bad option, a conflict with another argument, or a teacher that is not there.
+    """
+    config = AikdConfig.from_args(args)
+    for name, flag, conflicts, remedy in _CONFLICTS:
+        value = getattr(args, name, None)
+        if value is not None and conflicts(value):
+            given = flag if value is True else f'{flag} {value}'
+            raise AikdError(f'{given} cannot go with --aikd: {remedy}')
+    if config.has_teacher:
+        if config.teacher is None:
+            raise AikdError(f'--aikd needs a teacher: --aikd-teacher with {FORMS}')
+        parse_spec(config.teacher)
+    if config.has_teacher and config.adv_weight > 0:
+        _check_optimizer(config)
+    return config
+
+
+def _check_optimizer(config) -> None:
+    try:
+        Discriminator(2, config.disc_hidden[:0], opt=config.disc_opt, lr=config.disc_lr)
+    except Exception as error:  # timm's own of many kinds
+        raise AikdError(
+            f'--aikd-disc-opt {config.disc_opt}: cannot be used ({" ".join(str(error).split())[:100]}); '
+            f'timm.optim.list_optimizers() lists the names') from error
+
+
+def scheduled_epochs(args: argparse.Namespace) -> int:
+    """Epochs of timm's cosine schedule with its default single cycle, where the script does not tell."""
+    warmup = args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0
+    return max(1, args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup)
