@@ -43,7 +43,7 @@ class AikdConfig:
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
-    # with the snapshot memory 0.8 and tau_p 4 were never better than these, and worse where CE still underfits
+    # with the snapshot memory 0.8 and tau_p 4 had the worse NLL in small trials; other differences were noise
     alpha: float = _option(
         0.3, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
