@@ -235,7 +235,7 @@ def main():
             loader_train.sampler.set_epoch(epoch)
         train_metrics = train_one_epoch(
             epoch, model, loader_train, optimizer, args, task=task, device=device, lr_scheduler=lr_scheduler,
-            amp_autocast=amp_autocast, loss_scaler=loss_scaler, mixup_fn=mixup_fn)
+            output_dir=output_dir, amp_autocast=amp_autocast, loss_scaler=loss_scaler, mixup_fn=mixup_fn)
         eval_metrics = None
         for suffix, eval_model in eval_models:  # the last one counts
             if args.distributed:  # each process has BatchNorm statistics of its own
@@ -345,6 +345,7 @@ def train_one_epoch(
         task,
         device,
         lr_scheduler=None,
+        output_dir=None,  # unused here; plug-ins write beside the checkpoints
         amp_autocast=nullcontext,
         loss_scaler=None,
         mixup_fn=None,

@@ -40,7 +40,7 @@ BAD = [
     ({'disc_opt': ''}, '--aikd-disc-opt'),
     ({'disc_opt': None}, '--aikd-disc-opt'),
     ({'disc_lr': 0}, 'number > 0'),
-    ({'memory': 'disk'}, 'auto, snapshot'),
+    ({'memory': 'disk'}, 'auto, store, snapshot'),
     ({'seed': -1}, 'whole number >= 0'),
     ({'seed': 1.5}, 'whole number >= 0'),
     ({'teacher_dtype': 'int8'}, 'auto, float32, bfloat16, float16'),

@@ -1,19 +1,22 @@
 """What a training script is bound to, and what is refused before anything is built."""
 import argparse
+import logging
+import re
 import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn as nn
-from timm.data import create_loader
+from timm.data import FastCollateMixup, create_loader
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-from timm_aikd import AikdError, AikdTask, arguments, patch
+from timm_aikd import AikdError, AikdTask, arguments, patch, table
 
 from .test_autoload import training_parser
 
 TEACHER = ['--aikd', '--aikd-teacher', 'test_resnet']
+STORE = [*TEACHER, '--aikd-memory', 'store']
 
 
 def train_one_epoch(epoch, model, loader, optimizer, args, task=None):
@@ -36,6 +39,9 @@ class Script:
         for flag in ('--kd-model-name', '--task', '--config'):
             self.parser.add_argument(flag)
         self.parser.add_argument('--aug-splits', type=int, default=0)
+        self.parser.add_argument('--num-classes', type=int)
+        self.parser.add_argument('--dataset', default='')
+        self.parser.add_argument('--cutmix-minmax', type=float, nargs='+')
         for flag in ('--jsd-loss', '--torchscript', '--naflex-loader'):
             self.parser.add_argument(flag, action='store_true')
         self.globals = dict(
@@ -78,7 +84,19 @@ REFUSED = [
     ([*TEACHER, '--aikd-disc-hidden', '8', '0'], '--aikd-disc-hidden 0'),
     ([*TEACHER, '--aikd-disc-opt', 'nonsense'], '--aikd-disc-opt nonsense: cannot be used'),
     ([*TEACHER, '--aikd-disc-opt', 'adahessian'], 'needs second-order gradients'),
-    ([*TEACHER, '--aikd-memory', 'disk'], 'allowed is auto, snapshot'),
+    ([*STORE, '--mixup', '0.4'], '--aikd-memory store: --mixup 0.4 mixes the samples of a batch; use --aikd-memory'),
+    ([*STORE, '--cutmix', '1'], '--cutmix 1 mixes the samples'),
+    ([*STORE, '--cutmix-minmax', '0.2', '0.8'], '--cutmix-minmax 0.2 0.8 mixes the samples'),
+    ([*STORE, '--dataset', 'wds/shards'], '--dataset wds/shards is an iterable data set'),
+    ([*STORE, '--dataset', 'hfids/name'], '--dataset hfids/name is an iterable data set'),
+    ([*STORE, '--aug-splits', '3'], '--aug-splits 3 cannot go with --aikd'),
+    ([*STORE, '--naflex-loader'], '--naflex-loader cannot go with --aikd'),
+    ([*STORE, '--aikd-memory-topk', '0'], '--aikd-memory-topk 0: allowed is whole number >= 1'),
+    ([*STORE, '--aikd-memory-topk', '11', '--num-classes', '10'], '11: allowed is 1 to the number of classes, 10'),
+    ([*STORE, '--aikd-memory-topk', '1.5'], "invalid number or auto value: '1.5'"),
+    ([*TEACHER, '--aikd-memory-dir', '/nowhere'], '--aikd-memory-dir /nowhere: cannot be written to (No such file'),
+    ([*TEACHER, '--aikd-memory-dir', '/proc'], '--aikd-memory-dir /proc: cannot be written to'),
+    ([*TEACHER, '--aikd-memory', 'disk'], 'allowed is auto, store, snapshot'),
     (['--aikd-teacher', 'test_resnet'], '--aikd-teacher does nothing without --aikd'),
     (['--aikd-alpha=0.5'], '--aikd-alpha does nothing without --aikd'),
 ]
@@ -155,6 +173,80 @@ def test_an_epoch_through_the_seams():
         assert metrics['aikd_alpha'] == pytest.approx(0.3 * 2 / 3) and task.aikd.epoch == 1
         evaluated = script.globals['validate'](task.trainable_module, batches(), nn.CrossEntropyLoss(), parsed)
         assert list(evaluated) == ['loss', 'ece', 'aurc']
+
+
+class Indexed(torch.utils.data.TensorDataset):
+    """What timm's loader factory makes a loader of, with images that need no transform."""
+
+
+def image_loader(script, **options):
+    dataset = Indexed(torch.rand(24, 3, 8, 8), torch.arange(24) % 3)
+    return script.globals['create_loader'](
+        dataset, input_size=(3, 8, 8), batch_size=4, is_training=True, use_prefetcher=False,
+        device=torch.device('cpu'), num_workers=0, persistent_workers=False, **options)
+
+
+class ImageNet3(nn.Module):
+    """A linear net on images."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 3)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def with_output(epoch, model, loader, optimizer, args, task=None, output_dir=None):
+    return train_one_epoch(epoch, model, loader, optimizer, args, task)
+
+
+def test_the_store_is_chosen_when_the_task_is_built_and_saved_with_the_checkpoints(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with Script(train_one_epoch=with_output) as script:
+        parsed = args(script, '--aikd-memory-dir', str(tmp_path))
+        loader = image_loader(script)
+        task = script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
+        assert f'memory store, 24 samples with 3 of 3 log-probabilities in float16, 432 bytes a host in {tmp_path}' in (
+            caplog.text)
+        for epoch in range(2):
+            metrics = script.globals['train_one_epoch'](
+                epoch, None, loader, None, parsed, task=task, output_dir=tmp_path)
+        assert metrics['aikd_progressive'] > 0 and len(task.aikd.memory.table) == 24
+        assert (tmp_path / 'aikd-memory-1.safetensors').is_file()
+        assert task.get_task_state()['aikd']['memory']['epoch'] == 1
+
+
+@pytest.mark.parametrize('words, options, reason', [
+    (['--mixup', '0.4'], {}, '--mixup 0.4 mixes the samples'),
+    ([], {'collate_fn': FastCollateMixup(1., num_classes=3)}, 'mixup or cutmix mixes the samples'),
+    (['--aikd-memory-dir', 'full'], {}, 'full cannot hold the prediction table of 24 samples, 432 bytes: it has 0'),
+])
+def test_auto_says_why_it_takes_the_snapshot_and_store_stops(words, options, reason, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'full').mkdir()
+    monkeypatch.setattr(table.shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 0}))
+    with Script() as script:
+        args(script, *words)
+        image_loader(script, **options)
+        task = script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
+        assert task.aikd.memory.kind == 'snapshot'
+        assert f'memory snapshot, which costs a forward a step; not store, because {reason}' in caplog.text
+        if '--mixup' not in words:  # the parser refuses that
+            args(script, *words, '--aikd-memory', 'store')
+            image_loader(script, **options)
+            with pytest.raises(AikdError, match=re.escape(f'--aikd-memory store: {reason}')):
+                script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
+
+
+def test_topk_above_the_classes_is_refused_when_the_task_is_built():
+    with Script() as script:
+        args(script, '--aikd-memory-topk', '4')
+        with pytest.raises(AikdError, match='--aikd-memory-topk 4: allowed is 1 to the number of classes, 3'):
+            script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
 
 
 def test_yaml_options_without_the_switch_are_reported(caplog):

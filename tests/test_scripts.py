@@ -1,11 +1,19 @@
 """Training scripts, ours and timm's unmodified ones, run as a user runs them."""
 import csv
 import os
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 import timm
 import torch
 import yaml
+from safetensors import safe_open
+
+from timm_aikd import RecordFormat
+from timm_aikd.records import stamp_at
 
 from .conftest import ROOT, SMALL_RUN, run, training_scripts
 from .hub import HubServer
@@ -49,6 +57,8 @@ def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
     done = run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--model-ema'))
     log = done.stdout + done.stderr
     assert 'AI-KD: teacher top-1' in log and 'T_c = ' in log and 'progressive (alpha to 0.3' in log
+    assert 'memory store, 36 samples with 3 of 3 log-probabilities' in log
+    assert (tmp_path / 'student/aikd-memory-1.safetensors').is_file()
     rows = summary(tmp_path / 'student')
     assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.3
     for column in ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'disc_skipped', 'teacher_top1'):
@@ -65,6 +75,7 @@ def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
         train_script, image_folder, tmp_path, 'resumed', *aikd(phase1), '--model-ema', '--epochs', '3',
         '--resume', tmp_path / 'student/last.pth.tar'))
     assert 'fits them best' not in resumed.stdout + resumed.stderr  # T_c is the checkpoint's
+    assert 'prediction memory of epoch 1 restored, 36 samples' in resumed.stdout + resumed.stderr
     again = checkpoint(tmp_path / 'resumed')
     assert again['epoch'] == again['task_state']['aikd']['epoch'] == 2
     state, first = again['task_state']['aikd'], saved['task_state']['aikd']
@@ -90,6 +101,9 @@ def test_two_ranks_under_torchrun(train_script, image_folder, phase1, tmp_path, 
         *command(train_script, image_folder, tmp_path, 'student', *aikd(phase1)))
     rows = summary(tmp_path / 'student')
     assert len(rows) == 2 and float(rows[1]['train_aikd_progressive']) > 0
+    with safe_open(tmp_path / 'student/aikd-memory-1.safetensors', 'np') as file:
+        records = file.get_tensor('records').view(RecordFormat(3).numpy)  # both ranks' halves, in one table
+    assert (records['stamp'] >= stamp_at(1, 0, 0)).all() and set((records['stamp'] % 2 ** 16).flatten()) == {0, 1}
     # 36 images on 2 ranks in batches of 6 are 3 steps an epoch
     state = checkpoint(tmp_path / 'student')['task_state']['aikd']
     assert state['discriminator']['optimizer']['state'][0]['step'].item() == 6
@@ -98,7 +112,7 @@ def test_two_ranks_under_torchrun(train_script, image_folder, phase1, tmp_path, 
 def test_a_plain_checkpoint_resumes_under_aikd(train_script, image_folder, phase1, tmp_path):
     done = run(*command(
         train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--epochs', '7', '--resume',
-        phase1 / 'last.pth.tar'))
+        phase1 / 'last.pth.tar', '--aikd-memory', 'snapshot'))
     assert 'without AI-KD' in done.stdout + done.stderr
     row, = summary(tmp_path / 'student')
     assert row['epoch'] == '6' and float(row['train_aikd_progressive']) > 0  # the snapshot is the checkpoint's student
@@ -110,10 +124,94 @@ def test_help_lists_the_group(train_script):
     assert '--aikd' not in run(train_script, '--help', TIMM_AIKD_AUTOLOAD='0').stdout
 
 
-@pytest.mark.parametrize('criterion', [['--bce-loss', '--bce-sum'], ['--mixup', '0.4', '--smoothing', '0.1']])
+@pytest.mark.parametrize('criterion', [
+    ['--bce-loss', '--bce-sum', '--smoothing', '0.1'],  # without smoothing timm's script makes a cross-entropy of it
+    ['--mixup', '0.4', '--smoothing', '0.1'],
+])
 def test_other_criteria(train_script, image_folder, phase1, tmp_path, criterion):
-    run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), *criterion))
+    done = run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), *criterion))
     assert float(summary(tmp_path / 'student')[1]['train_aikd_kd']) > 0
+    log = done.stdout + done.stderr
+    assert ('not store, because --mixup 0.4' if '--mixup' in criterion else '3 of 3 logits') in log
+
+
+@pytest.mark.parametrize('words', [
+    ['--aug-repeats', '3'], ['--use-multi-epochs-loader'], ['--no-prefetcher'], ['--train-img-sizes', '32', '24'],
+], ids=' '.join)
+def test_loaders_that_the_store_must_follow(train_script, image_folder, phase1, tmp_path, words):
+    if words[0] not in train_script.read_text():
+        pytest.skip(f'{train_script.parent.name} has no {words[0]}')
+    ranks = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    done = run(*(ranks if words[0] == '--aug-repeats' else []), *command(
+        train_script, image_folder, tmp_path, 'student', *aikd(phase1), *words, '--aikd-memory', 'store',
+        '--epochs', '3'))
+    row = summary(tmp_path / 'student')[-1]
+    assert float(row['train_aikd_progressive']) > 0 and 'another label' not in done.stdout + done.stderr
+
+
+def test_store_with_mixup_is_refused_before_anything_is_built(train_script, image_folder, phase1, tmp_path):
+    words = command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--aikd-memory', 'store')
+    assert '--mixup 0.2 mixes the samples of a batch; use --aikd-memory snapshot' in failure(
+        *words, '--mixup', '0.2', code=2)
+    assert not (tmp_path / 'student').exists()
+
+
+def killed_run(words, folder, moment):
+    """Start a training, kill it when `moment` says so, and return the last checkpoint, if there is one."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not moment() and time.monotonic() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    last = folder / 'last.pth.tar'
+    return last if last.exists() else None
+
+
+def test_killed_and_resumed_with_the_exact_table(image_folder, phase1, tmp_path):
+    folder, scratch = tmp_path / 'student', tmp_path / 'scratch'
+    scratch.mkdir()
+    words = command(
+        training_scripts()['examples'], image_folder, tmp_path, 'student', *aikd(phase1), '--aikd-memory', 'store',
+        '--aikd-memory-dir', scratch, '--epochs', '200')
+    last = killed_run(words, folder, (folder / 'checkpoint-2.pth.tar').exists)
+    assert list(scratch.iterdir()) == []
+    epoch = torch.load(last, weights_only=False)['epoch']
+    done = run(*words, '--epochs', epoch + 2, '--resume', last)
+    assert f'prediction memory of epoch {epoch} restored, 36 samples' in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(image_folder, phase1, tmp_path):
+    """Twenty times; the memory after a resume is the checkpoint's or, said so, none."""
+    chance, restored = random.Random(0), 0
+    for attempt in range(20):
+        folder = tmp_path / f'student{attempt}'
+        words = command(
+            training_scripts()['examples'], image_folder, tmp_path, folder.name, *aikd(phase1), '--epochs', '200')
+        wait = chance.uniform(0.2, 3.)
+        began = []
+
+        def moment(folder=folder, began=began, wait=wait):
+            if not began and folder.exists():
+                began.append(time.monotonic())
+            return bool(began) and time.monotonic() - began[0] > wait
+
+        last = killed_run(words, folder, moment)
+        if last is None:
+            continue
+        saved = torch.load(last, weights_only=False)
+        done = run(*words, '--epochs', saved['epoch'] + 2, '--resume', last)
+        log = done.stdout + done.stderr
+        memory = saved['task_state']['aikd']['memory']
+        assert memory['epoch'] == saved['epoch']
+        assert f'prediction memory of epoch {saved["epoch"]} restored, 36 samples' in log, log
+        restored += 1
+    assert restored >= 10
 
 
 def test_no_validation_split(image_folder, phase1, tmp_path):

@@ -180,9 +180,10 @@ def test_log_says_what_is_on_and_every_epoch(caplog):
     task(*batch())
     task.end_epoch()
     ours = [message for message in caplog.messages if message.startswith('AI-KD')]
-    assert 'no validation images to fit T_c on: T_c = 1' in ours[0]
-    assert 'progressive' in ours[1] and 'kd (1, tau 2)' in ours[1] and 'adversarial (0.1, bce on log-probs)' in ours[1]
-    assert ours[2].startswith('AI-KD: epoch 0: task ') and 'teacher_top1' in ours[2]
+    assert 'memory snapshot' in ours[0] and 'no data loader' in ours[0]
+    assert 'no validation images to fit T_c on: T_c = 1' in ours[1]
+    assert 'progressive' in ours[2] and 'kd (1, tau 2)' in ours[2] and 'adversarial (0.1, bce on log-probs)' in ours[2]
+    assert ours[3].startswith('AI-KD: epoch 0: task ') and 'teacher_top1' in ours[3]
     caplog.clear()
     AikdTask(small_model(), nn.CrossEntropyLoss(), config=AikdConfig(teacher='none', alpha=0)).begin_epoch(0)
     assert 'terms: none, this is plain training' in caplog.messages[-1]

@@ -4,7 +4,10 @@ The files, in reading order:
 
     loss           the equations: one pure function a term
     discriminator  the discriminator and its sidecar optimizer
-    memory         the student's predictions of the previous epoch
+    indices        which samples a batch holds
+    records        what is kept of a prediction
+    table          one table of records a host
+    memory         the student's predictions of the previous epoch: a snapshot of it, or such a table
     source         a teacher spec (Hub id, folder, file, timm model name) -> a model with its own weights
     teacher        that model frozen, checked against the student and fed as it was trained
     calibration    temperature scaling, ECE, AURC
@@ -13,6 +16,7 @@ The files, in reading order:
     task           the method as a timm training task
     arguments      a script's arguments: what is refused before anything is built
     patch          the only file that touches a training script
+    ranks          the run's processes, for all of the above
     autoload       arms patch when torch is imported
     launch         runs a script with the patch armed (`python -m timm_aikd train.py ...`)
 
@@ -27,7 +31,9 @@ _HOME = {
     'AikdConfig': 'config',
     'AikdTask': 'task',
     'Discriminator': 'discriminator',
+    'RecordFormat': 'records',
     'SnapshotMemory': 'memory',
+    'StoreMemory': 'memory',
     'Teacher': 'teacher',
     'load_teacher': 'teacher',
 }

@@ -1,18 +1,21 @@
 """The method: task loss, progressive, kd and adversarial terms joined into one regularised loss."""
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from . import AikdError
-from .calibration import TEMPERATURE_RANGE, fit_temperature, gather_rows
+from .calibration import TEMPERATURE_RANGE, fit_temperature
 from .config import AikdConfig
 from .discriminator import Discriminator
-from .loss import alpha_at, binary_soft_loss, kd_loss, progressive_loss, top1
-from .memory import SnapshotMemory
+from .loss import alpha_at, binary_soft_loss, kd_loss, own_target, progressive_loss, top1
+from .memory import SnapshotMemory, StoreMemory
+from .ranks import gather_rows, is_distributed, sum_over_ranks, world_size
 from .teacher import Teacher, better_than_chance
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ class Aikd(nn.Module):
         epochs: Scheduled epochs T, over which the progressive term's weight grows.
         binary: The criterion is a BCE: predictions are C independent probabilities.
         sum_classes: That BCE sums over the classes rather than averaging.
+        smoothing: The criterion's label smoothing.
+        target_threshold: The BCE's threshold on its targets.
         device: Where the student runs.
 
     Raises:
@@ -55,6 +60,8 @@ class Aikd(nn.Module):
             epochs: int = 1,
             binary: bool = False,
             sum_classes: bool = False,
+            smoothing: float = 0.,
+            target_threshold: float | None = None,
             device: torch.device | None = None,
     ):
         super().__init__()
@@ -66,11 +73,13 @@ class Aikd(nn.Module):
         if config.has_teacher and teacher is None:
             raise AikdError('AI-KD needs a teacher: give one, or set the kd and adversarial weights to 0')
         self.num_classes, self.epochs, self.binary, self.sum_classes = num_classes, epochs, binary, sum_classes
+        self.smoothing, self.target_threshold = smoothing, target_threshold
         self.teacher: Teacher | None = None
         self.discriminator: Discriminator | None = None
         self.needs_temperature = False
         self.fitted_temperature: float | None = None
-        self.memory = SnapshotMemory() if config.alpha > 0 else None
+        self.memory: SnapshotMemory | StoreMemory | None = SnapshotMemory() if config.alpha > 0 else None
+        self._memory_state: tuple[dict[str, Any] | None, list[Path]] | None = None  # loaded, and not yet used
         if config.has_teacher:
             self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher).to(device)
             self._set_temperature(config.teacher_temperature)
@@ -120,7 +129,7 @@ class Aikd(nn.Module):
                 f'AI-KD: the teacher has {logits.shape[-1]} classes, the validation labels go from {int(target.min())} '
                 f'to {int(target.max())}, the student has {self.num_classes} classes: they must agree')
         temperature = torch.tensor(fit_temperature(logits, target, self.binary), device=logits.device)
-        if _distributed():
+        if is_distributed():
             dist.broadcast(temperature, 0)
         self._set_temperature(temperature.item())
         self.fitted_temperature = temperature.item()
@@ -135,21 +144,32 @@ class Aikd(nn.Module):
             'samples': len(target),
         }
 
+    def use_memory(self, memory: SnapshotMemory | StoreMemory) -> None:
+        """Take another memory than the snapshot; before the first epoch, on all ranks. Also before or after
+        `load_state`, whose predictions it then gets."""
+        self.memory = memory
+        self._restore_memory()
+
     def begin_epoch(self, epoch: int, student: nn.Module) -> None:
-        """Set the epoch's weights and remember the (unwrapped) student as it is now, which is as it was at the end of
-        the previous epoch.
+        """Set the epoch's weights; a snapshot remembers the (unwrapped) student as it is now, which is as it was at
+        the end of the previous epoch.
 
         Args:
             epoch: From 0.
             student: The module in training, without DDP, compile or EMA around it.
+
+        Raises:
+            AikdError: The memory was to be a store, and `use_memory` was not called.
         """
         config = self.config
+        if config.memory == 'store' and isinstance(self.memory, SnapshotMemory):
+            raise AikdError('--aikd-memory store: there is none: give begin_epoch the loader, or call use_memory')
         self.epoch = epoch
         self.alpha = alpha_at(epoch, self.epochs, config.alpha)
         self.adv_weight = config.adv_weight * (min(epoch / config.adv_warmup, 1.) if config.adv_warmup else 1.)
         self._sums.zero_()
-        if self.memory is not None and self.alpha > 0:
-            self.memory.remember(student)
+        if self.memory is not None:
+            self.memory.begin_epoch(epoch, student)
 
     def forward(
             self,
@@ -157,6 +177,7 @@ class Aikd(nn.Module):
             logits: torch.Tensor,
             target: torch.Tensor,
             task_loss: torch.Tensor,
+            index: np.ndarray | None = None,
     ) -> dict[str, torch.Tensor]:
         """Regularise the task loss of one batch.
 
@@ -165,13 +186,15 @@ class Aikd(nn.Module):
             logits: The student's output [B, C].
             target: Hard [B] or soft [B, C] targets.
             task_loss: What the script's criterion made of `logits` and `target`.
+            index: Dataset indices [B] of the samples, for a store memory.
 
         Returns:
             `loss`, and detached `task_loss`, `progressive_loss`, `kd_loss`, `adv_loss`, `disc_loss`, unweighted; a
             term that is off is 0.
 
         Raises:
-            AikdError: The teacher's logits are not shaped as the student's, or its top-1 is no better than chance.
+            AikdError: The teacher's logits are not shaped as the student's, or its top-1 is no better than chance; or
+                a store memory cannot tell the samples.
         """
         config = self.config
         zero = torch.zeros((), device=logits.device)
@@ -179,9 +202,14 @@ class Aikd(nn.Module):
         stepped = torch.ones((), dtype=torch.bool, device=logits.device)
         loss = task_loss
         if self.alpha > 0:
-            past = self.memory(input)
-            progressive = self._soft_loss(progressive_loss, logits, past, config.progressive_temperature)
+            past, known = self.memory.recall(input, index)
+            own = known if known is None else own_target(
+                target, self.num_classes, self.smoothing, self.target_threshold)
+            progressive = self._soft_loss(
+                progressive_loss, logits, past, config.progressive_temperature, known, own)
             loss = (1 - self.alpha) * loss + self.alpha * progressive
+        if self.memory is not None:
+            self.memory.record(index, logits, target)
         if self.teacher is not None:
             teacher_logits = self.teacher(input)
             if teacher_logits.shape != logits.shape:
@@ -202,10 +230,10 @@ class Aikd(nn.Module):
         # clones: the script divides result['loss'] in place, which may be task_loss itself
         return {'loss': loss, **{f'{name}_loss': part.detach().clone() for name, part in parts.items()}}
 
-    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float) -> torch.Tensor:
+    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float, *own):
         if self.binary:
-            return binary_soft_loss(logits, soft, temperature, self.sum_classes)
-        return softmax_loss(logits, soft, temperature)
+            return binary_soft_loss(logits, soft, temperature, self.sum_classes, *own)
+        return softmax_loss(logits, soft, temperature, *own)
 
     @torch.no_grad()
     def _count(self, samples: int, stepped: torch.Tensor, *means: torch.Tensor) -> None:
@@ -219,15 +247,13 @@ class Aikd(nn.Module):
         if self._chance_seen is not None:
             self._chance_correct += correct.sum()
             self._chance_seen += len(correct)
-            if self._chance_seen * _world_size() >= _CHANCE_SAMPLES:
+            if self._chance_seen * world_size() >= _CHANCE_SAMPLES:
                 self._test_chance()
 
     def _test_chance(self) -> None:
         """Stop the run if the teacher's first answers were no better than guessing: the one sync of the first epoch."""
         counts = torch.stack([self._chance_correct, self._chance_correct.new_tensor(float(self._chance_seen))])
-        if _distributed():
-            dist.all_reduce(counts)
-        correct, count = map(int, counts.tolist())
+        correct, count = map(int, sum_over_ranks(counts).tolist())
         self._chance_seen = None
         if not better_than_chance(correct, count, self.num_classes):
             raise AikdError(
@@ -242,14 +268,25 @@ class Aikd(nn.Module):
             Means of the terms, unweighted: `task`, `progressive`, `kd`, `adv`, `disc`; the weight `alpha`;
             `disc_accuracy`, how often D told the two outputs for a sample apart (0.5 is chance); `disc_skipped`,
             steps that D skipped; `teacher_top1` on the training batches, in percent.
+
+        Raises:
+            AikdError: A store memory finds that the indices do not identify samples.
         """
-        sums = self._sums.clone()
-        if _distributed():
-            dist.all_reduce(sums)
-        *totals, samples, skipped = sums.tolist()
+        if self.memory is not None:
+            self.memory.end_epoch()
+        *totals, samples, skipped = sum_over_ranks(self._sums).tolist()
         metrics = dict(zip(_MEANS, (total / max(samples, 1) for total in totals), strict=True))
         metrics['teacher_top1'] *= 100
-        return {**metrics, 'alpha': self.alpha, 'disc_skipped': skipped / _world_size()}
+        return {**metrics, 'alpha': self.alpha, 'disc_skipped': skipped / world_size()}
+
+    def save_memory(self, folder: Path | str | None) -> None:
+        """Write a store memory beside the checkpoints, for `get_state` to name it; after `end_epoch`, on all ranks.
+
+        Args:
+            folder: Of the checkpoints; the primary rank's counts.
+        """
+        if isinstance(self.memory, StoreMemory):
+            self.memory.save(folder)
 
     def get_state(self) -> dict[str, Any]:
         """State for a checkpoint: tensors and plain containers, no weights of the teacher or of the memory."""
@@ -259,10 +296,16 @@ class Aikd(nn.Module):
         if self.discriminator is not None:
             state['binary'] = self.binary
             state['discriminator'] = self.discriminator.get_state()
+        if isinstance(self.memory, StoreMemory):
+            state['memory'] = self.memory.get_state()
         return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> None:
         """Continue from `get_state`; options that changed since are reported, and the new ones hold.
+
+        Args:
+            state: What `get_state` returned.
+            folders: Where to look for the store memory's file, before the folder that it was written to.
 
         Raises:
             AikdError: The state is not ours or of a newer version, or its discriminator is damaged.
@@ -279,6 +322,8 @@ class Aikd(nn.Module):
         if self.needs_temperature and all(config[name] == changed.get(name) for name in _SAME_TEACHER):
             self.fitted_temperature = state.get('teacher_temperature')
             self._set_temperature(self.fitted_temperature or 'auto')
+        self._memory_state = state.get('memory'), list(folders)
+        self._restore_memory()
         if self.discriminator is None:
             return
         same = all(config[name] == changed.get(name) for name in _SAME_DISCRIMINATOR)
@@ -291,10 +336,7 @@ class Aikd(nn.Module):
             raise AikdError(
                 'AI-KD: the checkpoint\'s discriminator cannot be read: resume from another checkpoint') from error
 
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _distributed() else 1
+    def _restore_memory(self) -> None:
+        if self._memory_state is not None and isinstance(self.memory, StoreMemory):
+            self.memory.load_state(*self._memory_state)
+            self._memory_state = None

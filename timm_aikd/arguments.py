@@ -1,5 +1,6 @@
 """The arguments of a training script: what is checked, and told from them, before anything is built."""
 import argparse
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,25 @@ _CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ('naflex_loader', '--naflex-loader', bool, 'use a model and loader of fixed-size images'),
     ('task', '--task', lambda x: 'multi' in str(x), 'AI-KD is for single-label classification'),
 )
+
+
+# arguments with which the samples of a batch cannot be known
+_STORE_CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ('mixup', '--mixup', lambda x: float(x) > 0, 'mixes the samples of a batch'),
+    ('cutmix', '--cutmix', lambda x: float(x) > 0, 'mixes the samples of a batch'),
+    ('cutmix_minmax', '--cutmix-minmax', bool, 'mixes the samples of a batch'),
+    ('dataset', '--dataset', lambda x: str(x).startswith(('wds/', 'tfds/', 'hfids/')),
+     'is an iterable data set, whose samples have no index'),
+)
+
+
+def store_obstacle(args: argparse.Namespace) -> str | None:
+    """Why a script's arguments rule out the store memory, or None if they do not."""
+    for name, flag, conflicts, reason in _STORE_CONFLICTS:
+        value = getattr(args, name, None)
+        if value is not None and conflicts(value):
+            return f'{flag} {value if not isinstance(value, list) else " ".join(map(str, value))} {reason}'
+    return None
 
 
 def check_arguments(args: argparse.Namespace) -> AikdConfig:
@@ -37,7 +57,27 @@ def check_arguments(args: argparse.Namespace) -> AikdConfig:
         parse_spec(config.teacher)
     if config.has_teacher and config.adv_weight > 0:
         _check_optimizer(config)
+    if config.alpha > 0:
+        _check_memory(config, args)
     return config
+
+
+def _check_memory(config: AikdConfig, args: argparse.Namespace) -> None:
+    reason = store_obstacle(args)
+    if config.memory == 'store' and reason is not None:
+        raise AikdError(f'--aikd-memory store: {reason}; use --aikd-memory snapshot')
+    classes = getattr(args, 'num_classes', None)
+    if config.memory_topk != 'auto' and classes is not None and config.memory_topk > classes:
+        raise AikdError(
+            f'--aikd-memory-topk {config.memory_topk}: allowed is 1 to the number of classes, {classes}')
+    if config.memory_dir is not None:
+        try:
+            with tempfile.TemporaryFile(dir=config.memory_dir):
+                pass
+        except OSError as error:
+            raise AikdError(
+                f'--aikd-memory-dir {config.memory_dir}: cannot be written to ({error.strerror}); name an existing '
+                f'folder with room for the prediction table') from error
 
 
 def _check_optimizer(config) -> None:

@@ -2,7 +2,6 @@
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 TEMPERATURE_RANGE = (0.1, 10.)
@@ -78,18 +77,3 @@ def area_under_risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) ->
     errors = share[group].cumsum(0)
     coverage = torch.arange(1, len(errors) + 1, device=errors.device)
     return 1000 * (errors / coverage).mean().item()
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks, rank after rank; ranks may hold different numbers of them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    lengths = [int(c) for c in counts]
-    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-    padded[:len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])

@@ -62,8 +62,15 @@ class AikdConfig:
     disc_opt: str = _option('adamw', 'optimizer of the discriminator, any first-order one of timm', metavar='NAME')
     disc_lr: float = _option(1e-3, 'learning rate of the discriminator', low=0, open_low=True, metavar='LR')
     memory: str = _option(
-        'auto', 'where the previous epoch\'s predictions come from; snapshot: a copy of the student as it was, run on '
-        'the same input; auto: snapshot', choices=('auto', 'snapshot'))
+        'auto', 'where the previous epoch\'s predictions come from; store: a table of each sample\'s prediction at its '
+        'last visit; snapshot: a copy of the student as it was, run on the same input, which costs a forward a step; '
+        'auto: store where it can', choices=('auto', 'store', 'snapshot'))
+    memory_topk: int | str = _option(
+        'auto', 'probabilities that the store keeps a sample, the largest ones, at most one a class; auto: all up to '
+        '1,024 classes, else 128', type=int, low=1, high=2 ** 20, word='auto', metavar='K')
+    memory_dir: str | None = _option(
+        None, 'folder that the store\'s table is mapped from, one a host, 2 bytes a probability and sample or 4 where '
+        'only the largest are kept (default: the host\'s folder for temporary files)', type=str, metavar='DIR')
     seed: int = _option(0, 'seeds the discriminator alone', low=0, high=2 ** 63 - 1, metavar='N')
 
     def __post_init__(self):
@@ -103,7 +110,7 @@ class AikdConfig:
             default = '' if value is None else f' (default: {shown})'
             group.add_argument(
                 _flag(option.name),
-                type=_number_or(rule['word']) if 'word' in rule else rule['type'],
+                type=_number_or(rule['word'], rule['type']) if 'word' in rule else rule['type'],
                 nargs='+' if isinstance(value, list) else None,
                 default=value,
                 metavar=rule.get('metavar') or '{' + ','.join(rule['choices']) + '}',
@@ -125,9 +132,9 @@ def _flag(name: str) -> str:
     return '--aikd-' + name.replace('_', '-')
 
 
-def _number_or(word: str):
+def _number_or(word: str, kind: type):
     def number(text: str) -> float | str:
-        return text if text == word else float(text)
+        return text if text == word else kind(text)
     number.__name__ = f'number or {word}'
     return number
 

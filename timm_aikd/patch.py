@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from . import AikdError
@@ -21,7 +22,7 @@ SEAMS: dict[str, tuple[set[str], bool]] = {
     'ClassificationTask': (set(), False),
     'train_one_epoch': ({'epoch', 'loader', 'task'}, False),
     'resume_task_checkpoint': (set(), False),  # not replaced: without it a checkpoint would lose AI-KD's state
-    'create_loader': (set(), True),  # to fit T_c on validation images, and to compare class names
+    'create_loader': (set(), True),  # to fit T_c on validation images, compare class names, choose the memory early
     'validate': ({'loss_fn'}, True),  # for eval_ece and eval_aurc
 }
 
@@ -115,6 +116,7 @@ class _Script:
     def __init__(self, script: dict[str, Any], args: argparse.Namespace, config):
         self.script, self.args, self.config = script, args, config
         self.task = None
+        self.loader = None  # of the training images
         self.class_names: list[str] | None = None
         self.validation: tuple[tuple, dict[str, Any]] | None = None  # how the script made its validation loader
         self.failed = False
@@ -140,7 +142,7 @@ class _Script:
     def ClassificationTask(self, *args, **kwargs):
         from timm.data import resolve_data_config
 
-        from .arguments import scheduled_epochs
+        from .arguments import scheduled_epochs, store_obstacle
         from .task import AikdTask
         from .teacher import load_teacher
 
@@ -162,6 +164,9 @@ class _Script:
                 class_names=self.class_names,
             )
         self.task = AikdTask(*args, teacher=teacher, config=config, epochs=scheduled_epochs(self.args), **kwargs)
+        self.task.choose_memory(self.loader, store_obstacle(self.args))
+        if getattr(self.args, 'resume', None):
+            self.task.resume_folder = Path(self.args.resume).parent
         return self.task
 
     def train_one_epoch(self, *args, **kwargs):
@@ -175,7 +180,7 @@ class _Script:
         if bound.get('num_updates_total'):  # what timm's scheduler made of --epochs, exactly
             updates = math.ceil(len(loader) / self.args.grad_accum_steps)
             task.aikd.epochs = bound['num_updates_total'] // updates
-        task.begin_epoch(bound['epoch'], loader)
+        task.begin_epoch(bound['epoch'], loader, checkpoint_folder=bound.get('output_dir'))
         steps = task.aikd.steps
         metrics = self.original['train_one_epoch'](*args, **kwargs)
         if len(loader) and task.aikd.steps == steps:
@@ -187,14 +192,16 @@ class _Script:
         loader = self.original['create_loader'](*args, **kwargs)
         arguments = inspect.signature(self.original['create_loader']).bind(*args, **kwargs).arguments
         if arguments.get('is_training'):
+            self.loader = loader
             self.class_names = _class_names(arguments['dataset'])
         else:
             self.validation = args, kwargs
         return loader
 
     def validate(self, *args, **kwargs):
-        from .calibration import area_under_risk_coverage, expected_calibration_error, gather_rows
+        from .calibration import area_under_risk_coverage, expected_calibration_error
         from .loss import top1
+        from .ranks import gather_rows
 
         bound = inspect.signature(self.original['validate']).bind(*args, **kwargs)
         loss_fn, predictions = bound.arguments['loss_fn'], []

@@ -3,6 +3,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -13,6 +14,10 @@ from timm.utils import unwrap_model
 from . import AikdError, __version__
 from .aikd import Aikd
 from .config import AikdConfig
+from .indices import BatchIndices, obstacle
+from .memory import StoreMemory
+from .records import RecordFormat
+from .table import size_text
 
 _logger = logging.getLogger(__name__)
 
@@ -66,11 +71,26 @@ class AikdTask(ClassificationTask):
         self.aikd = Aikd(
             num_classes, teacher, config, epochs,
             binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False),
+            smoothing=getattr(self.criterion, 'smoothing', getattr(self.criterion, 'label_smoothing', 0.)) or 0.,
+            target_threshold=getattr(self.criterion, 'target_threshold', None),
             device=next(student.parameters()).device)
+        self.resume_folder: Path | None = None  # of the checkpoint that `load_task_state` is about to see
+        self._indices: BatchIndices | None = None
+        self._checkpoint_folder: Path | str | None = None
         self._started = False
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            index: np.ndarray | torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """One training step's forward; D takes its own step in it.
+
+        Args:
+            input: Input [B, ...].
+            target: Targets [B] or [B, C].
+            index: Dataset indices [B] of the samples on the CPU, for a store memory that has no loader to watch.
 
         Returns:
             `loss` to descend, `output` (logits [B, C]), and the detached parts `task_loss`, `progressive_loss`,
@@ -78,7 +98,46 @@ class AikdTask(ClassificationTask):
         """
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
-        return {'output': output, **self.aikd(input, output, target, task_loss)}
+        if index is not None:
+            index = np.asarray(index)
+        elif self._indices is not None:
+            index = self._indices.of_batch(len(output))
+        return {'output': output, **self.aikd(input, output, target, task_loss, index)}
+
+    def choose_memory(self, loader: Any, reason: str | None = None) -> None:
+        """Settle where the previous epoch's predictions come from; by itself `begin_epoch` does it.
+
+        Args:
+            loader: The training batches.
+            reason: Why the samples of a batch cannot be known, if that is so.
+
+        Raises:
+            AikdError: The memory is to be a store, and cannot be.
+        """
+        aikd, config = self.aikd, self.aikd.config
+        if aikd.memory is None or isinstance(aikd.memory, StoreMemory):
+            return
+        records = RecordFormat(
+            aikd.num_classes, None if config.memory_topk == 'auto' else config.memory_topk, aikd.binary)
+        if config.memory == 'snapshot':
+            return
+        reason = reason or obstacle(loader)
+        if reason is None:
+            try:
+                device = next(self.trainable_module.parameters()).device
+                memory = StoreMemory(records, len(loader.dataset), config.memory_dir, device)
+            except AikdError as error:
+                reason = str(error)
+        if reason is None:
+            self._indices = BatchIndices(loader)
+            aikd.use_memory(memory)
+        elif config.memory == 'store':
+            raise AikdError(f'--aikd-memory store: {reason}; use --aikd-memory snapshot')
+        if self.verbose:
+            _logger.info(
+                f'AI-KD: memory snapshot, which costs a forward a step; not store, because {reason}' if reason else
+                f'AI-KD: memory store, {memory.table.samples:,} samples with {records.describe()}, '
+                f'{size_text(memory.table.bytes)} a host in {memory.table.folder}')
 
     def calibrate(self, batches) -> None:
         """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
@@ -88,20 +147,31 @@ class AikdTask(ClassificationTask):
                 f'AI-KD: teacher top-1 {fit["top1"]:.2f} % on {fit["samples"]} validation images, '
                 f'T_c = {fit["temperature"]:.3f} fits them best')
 
-    def begin_epoch(self, epoch: int, loader: Any = None) -> None:
+    def begin_epoch(self, epoch: int, loader: Any = None, checkpoint_folder: Path | str | None = None) -> None:
         """Call before the first batch of an epoch.
 
         Args:
             epoch: From 0.
-            loader: The epoch's batches, for a memory that has to know which samples they hold.
+            loader: The epoch's batches, for a store memory to know which samples they hold. Without it `auto` takes a
+                snapshot.
+            checkpoint_folder: Where the primary rank saves a store memory at the end of the epoch; without it a
+                resume begins with an empty one.
+
+        Raises:
+            AikdError: The memory is to be a store, and cannot be.
         """
+        self._checkpoint_folder = checkpoint_folder
         if not self._started:
+            self.choose_memory(loader)
             self._start()
+        elif self._indices is not None and loader is not None and loader is not self._indices.loader:
+            self._indices = BatchIndices(loader)
         self.aikd.begin_epoch(epoch, unwrap_model(self.trainable_module))
 
     def end_epoch(self) -> dict[str, float]:
         """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
         metrics = self.aikd.end_epoch()
+        self.aikd.save_memory(self._checkpoint_folder)
         if self.verbose:
             shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
             _logger.info(f'AI-KD: epoch {self.aikd.epoch}: {shown}')
@@ -116,8 +186,13 @@ class AikdTask(ClassificationTask):
                 _logger.warning('AI-KD: no validation images to fit T_c on: T_c = 1, the teacher stays as it is')
         terms = []
         if aikd.memory is not None:
+            if aikd.memory.kind == 'store' and self._checkpoint_folder is None and self.verbose:
+                _logger.warning(
+                    'AI-KD: no folder of checkpoints was given: the prediction memory is not saved, and after a resume '
+                    'the progressive term would pause for one epoch')
             terms.append(
-                f'progressive (alpha to {config.alpha:g}, tau_p {config.progressive_temperature:g}, memory snapshot)')
+                f'progressive (alpha to {config.alpha:g}, tau_p {config.progressive_temperature:g}, '
+                f'memory {aikd.memory.kind})')
         if aikd.teacher is not None and config.kd_weight > 0:
             terms.append(f'kd ({config.kd_weight:g}, tau {config.temperature:g})')
         if aikd.discriminator is not None:
@@ -158,8 +233,8 @@ class AikdTask(ClassificationTask):
         if ema:
             return
         if not state or 'aikd' not in state:
-            _logger.warning('AI-KD: the checkpoint is of a run without AI-KD: discriminator and T_c start fresh')
+            _logger.warning('AI-KD: the checkpoint is of a run without AI-KD: D, T_c and a store memory start fresh')
             return
-        self.aikd.load_state(state['aikd'])
+        self.aikd.load_state(state['aikd'], [self.resume_folder] if self.resume_folder else [])
 
 

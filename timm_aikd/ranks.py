@@ -1,0 +1,62 @@
+"""The run's processes as torch.distributed knows them; without it, a run of one."""
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def group_device(device: torch.device) -> torch.device:
+    """Where the process group can send from, for a rank that trains on `device`."""
+    return device if is_distributed() and dist.get_backend() != 'gloo' else torch.device('cpu')
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all ranks' tensors, in a new one."""
+    values = values.clone()
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank gives, in order of rank; small things only."""
+    if not is_distributed():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    gather_objects(None)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, rank after rank; ranks may hold different numbers of them."""
+    if not is_distributed():
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    lengths = [int(c) for c in counts]
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])

@@ -1,0 +1,90 @@
+"""What is kept of a prediction: one packed record a sample, made and read where the student runs."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import AikdError
+
+DENSE_CLASSES = 1024  # up to here all classes are kept by default
+DEFAULT_TOPK = 128  # above
+
+
+class RecordFormat:
+    """Turns predictions into records and back.
+
+    A record is a stamp (when it was written, 0 is never), the label, and the log-probabilities of all classes or,
+    where K is smaller than their number, of the K largest with their class ids; the rest of the mass is then spread
+    evenly over the other classes. With a BCE criterion logits take the place of log-probabilities, and the other
+    classes are taken as impossible. Log-probabilities because a temperature applied later needs the small ones, which
+    float16 probabilities flush to zero.
+
+    Args:
+        num_classes: Number of classes C.
+        topk: Predictions kept a sample, K, 1 to C; None: C up to 1,024 classes, else 128.
+        binary: The criterion is a BCE.
+        dtype: Of the values kept.
+
+    Raises:
+        AikdError: `topk` is out of range.
+    """
+
+    def __init__(
+            self,
+            num_classes: int,
+            topk: int | None = None,
+            binary: bool = False,
+            dtype: torch.dtype = torch.float16,
+    ):
+        if topk is None:
+            topk = num_classes if num_classes <= DENSE_CLASSES else DEFAULT_TOPK
+        if not 1 <= topk <= num_classes:
+            raise AikdError(f'--aikd-memory-topk {topk}: allowed is 1 to the number of classes, {num_classes}')
+        self.num_classes, self.topk, self.binary, self.dtype = num_classes, topk, binary, dtype
+        self.is_dense = topk == num_classes
+        self.id_dtype = torch.int16 if num_classes <= 2 ** 15 else torch.int32
+        ids = [] if self.is_dense else [('ids', f'<i{self.id_dtype.itemsize}', (topk,))]
+        self.numpy = np.dtype([('stamp', '<i8'), ('label', '<i4'), *ids, ('values', f'<f{dtype.itemsize}', (topk,))])
+
+    def encode(self, logits: torch.Tensor, target: torch.Tensor, stamp: int) -> torch.Tensor:
+        """Records as bytes [B, bytes] of logits [B, C] and class indices [B]; one that is not finite is all NaN."""
+        values = logits.float()
+        parts = [torch.full((len(values), 1), stamp, device=values.device), target[:, None].to(torch.int32)]
+        if not self.is_dense:
+            total = 0. if self.binary else values.logsumexp(-1, keepdim=True)
+            values, ids = values.topk(self.topk, sorted=False)
+            values = values - total
+            parts.append(ids.to(self.id_dtype))
+        elif not self.binary:
+            values = F.log_softmax(values, dim=-1)
+        limit = torch.finfo(self.dtype).max
+        broken = values.isnan().any(-1, keepdim=True)
+        values = values.clamp(-limit, limit).to(self.dtype).masked_fill(broken, torch.nan)
+        return torch.cat([part.contiguous().view(torch.uint8) for part in (*parts, values)], dim=-1)
+
+    def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log q [B, C] of records as bytes [B, bytes], and a mask [B] of those that were ever written."""
+        values = self._field(records, 'values', self.dtype).float()
+        known = self._field(records, 'stamp', torch.int64).squeeze(-1) > 0
+        if self.is_dense:
+            return values, known
+        ids = self._field(records, 'ids', self.id_dtype).long()
+        if self.binary:
+            rest = torch.full_like(values[:, :1], -torch.inf)
+        else:
+            left = (1 - values.exp().sum(-1, keepdim=True)).clamp(min=0)  # rounding can take it below
+            rest = (left / (self.num_classes - self.topk)).log()
+        return rest.repeat(1, self.num_classes).scatter_(-1, ids, values), known
+
+    def _field(self, records: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        kind, start = self.numpy.fields[name][:2]
+        return records[:, start:start + kind.itemsize].contiguous().view(dtype)
+
+    def describe(self) -> str:
+        """The content of a record in words, for logs and for files."""
+        kind = 'logits' if self.binary else 'log-probabilities'
+        return f'{self.topk} of {self.num_classes} {kind} in {str(self.dtype).removeprefix("torch.")}'
+
+
+def stamp_at(epoch: int, step: int, rank: int) -> int:
+    """When a record is written, in one number that grows with time; steps and ranks of an epoch from 0."""
+    return (epoch + 1) << 40 | step << 16 | rank
