@@ -8,7 +8,7 @@ import torch.nn as nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from timm_aikd import AikdConfig, AikdTask
+from timm_aikd import AikdConfig, AikdTask, RecordFormat, StoreMemory
 
 EPOCHS = 60
 
@@ -26,7 +26,7 @@ def fit(task: AikdTask, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     for epoch in range(EPOCHS):
         task.begin_epoch(epoch)
         for batch in torch.randperm(len(x)).split(32):
-            result = task(x[batch], y[batch])
+            result = task(x[batch], y[batch], batch)  # a store memory has to know the samples
             result['loss'].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -47,6 +47,7 @@ def main() -> None:
 
     task = AikdTask(
         mlp(1), nn.CrossEntropyLoss(), teacher=teacher, config=AikdConfig(), epochs=EPOCHS, verbose=False)
+    task.aikd.use_memory(StoreMemory(RecordFormat(10), len(train)))  # there is no loader that would tell
     task.calibrate([(x[validation], y[validation])])  # T_c
     student = fit(task, x[train], y[train])
 

@@ -53,6 +53,14 @@ def test_quickstart_shows_what_went_wrong(tmp_path):
     assert done.returncode == 2 and 'no such file' in done.stderr
 
 
+def test_benchmark_memory(tmp_path):
+    done = run(
+        ROOT / 'examples' / 'benchmark_memory.py', '--quick', '--sizes', 'CIFAR-100', '--ranks', '1', '2', '--folder',
+        tmp_path)
+    assert '| CIFAR-100, 500 x 100 | store | 212 | 106 kB | 106 kB / 106 kB |' in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_readme_runs_what_ci_runs():
     readme, ci = (ROOT / 'README.md').read_text(), (ROOT / '.ci' / 'run').read_text()
     command = next(line for line in ci.splitlines() if 'python -m pytest' in line)

@@ -60,13 +60,16 @@ def test_logits_of_a_bce_are_kept_and_the_others_impossible():
 
 @pytest.mark.parametrize('binary', [False, True])
 @pytest.mark.parametrize('topk', [None, 3])
-def test_extremes_stay_finite_and_nan_is_told(binary, topk):
+def test_extremes_are_certain_and_nan_is_told(binary, topk):
     z = logits(4, 10)
-    z[0, 0], z[1, 0], z[2, 1] = 1e30, -1e30, torch.nan
+    z[0, 0], z[1, 0], z[2, 7] = 1e30, -1e30, torch.nan
     records = RecordFormat(10, topk, binary)
     coded = records.encode(z, torch.zeros(4, dtype=torch.long), 1)
     values = coded.numpy().view(records.numpy)['values'].squeeze(1)
-    assert torch.from_numpy(values[2]).isnan().all() and torch.from_numpy(values[[0, 1, 3]]).isfinite().all()
+    assert torch.from_numpy(values[:, 0]).isnan().tolist() == [False, False, True, False]
+    probs = (torch.sigmoid if binary else torch.softmax)(records.decode(coded)[0], *[-1] * (not binary))
+    assert probs[[0, 1, 3]].isfinite().all() and probs[0, 0] == 1
+    assert probs[1, 0] == pytest.approx(0, abs=0.05)  # with K = 3 its share of the rest
 
 
 def test_what_was_never_written_is_unknown():

@@ -262,7 +262,7 @@ class Aikd(nn.Module):
                 f'broken checkpoint; check --aikd-teacher and the data set\'s --class-map')
 
     def end_epoch(self) -> dict[str, float]:
-        """Metrics of the epoch, averaged over its samples and over the ranks; the epoch's only device sync.
+        """Metrics of the epoch, averaged over its samples and over the ranks; only here the device is waited for.
 
         Returns:
             Means of the terms, unweighted: `task`, `progressive`, `kd`, `adv`, `disc`; the weight `alpha`;

@@ -46,7 +46,7 @@ class RecordFormat:
         self.numpy = np.dtype([('stamp', '<i8'), ('label', '<i4'), *ids, ('values', f'<f{dtype.itemsize}', (topk,))])
 
     def encode(self, logits: torch.Tensor, target: torch.Tensor, stamp: int) -> torch.Tensor:
-        """Records as bytes [B, bytes] of logits [B, C] and class indices [B]; one that is not finite is all NaN."""
+        """Records as bytes [B, bytes] of logits [B, C] and class indices [B]; one with a NaN begins with a NaN."""
         values = logits.float()
         parts = [torch.full((len(values), 1), stamp, device=values.device), target[:, None].to(torch.int32)]
         if not self.is_dense:
@@ -56,9 +56,9 @@ class RecordFormat:
             parts.append(ids.to(self.id_dtype))
         elif not self.binary:
             values = F.log_softmax(values, dim=-1)
-        limit = torch.finfo(self.dtype).max
-        broken = values.isnan().any(-1, keepdim=True)
-        values = values.clamp(-limit, limit).to(self.dtype).masked_fill(broken, torch.nan)
+        values = values.to(self.dtype)  # what overflows has the probability 0, or with a BCE 0 or 1: no harm
+        if self.binary:  # a softmax spreads a NaN by itself
+            values = values.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
         return torch.cat([part.contiguous().view(torch.uint8) for part in (*parts, values)], dim=-1)
 
     def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
