@@ -164,7 +164,7 @@ def total_variation(classes: int = 1000, samples: int = 1000) -> str:
         row = []
         for k in kept:
             records = RecordFormat(classes, k)
-            past, _ = records.decode(records.encode(z, torch.zeros(samples, dtype=torch.long), 1))
+            past = records.decode(records.encode(z, torch.zeros(samples, dtype=torch.long), 1))
             row.append((past.double().softmax(-1) - exact).abs().sum(-1).mean().item() / 2)
         lines.append(f'| {exact.max(-1).values.mean():.2f} | ' + ' | '.join(f'{value:.4f}' for value in row) + ' |')
     return '\n'.join(lines)

@@ -364,8 +364,7 @@ def test_samples_without_a_row_keep_exactly_their_task_loss(binary, smoothing):
         criterion = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
     config = AikdConfig(teacher='none', alpha=0.6, progressive_temperature=2., memory='store')
     aikd = Aikd(
-        5, config=config, epochs=2, binary=binary, smoothing=smoothing,
-        target_threshold=getattr(criterion, 'target_threshold', None))
+        5, config=config, epochs=2, binary=binary, criterion=criterion)
     aikd.use_memory(store(binary=binary, dtype=torch.float32))
     old, y = predictions()
     aikd.begin_epoch(0, nn.Identity())

@@ -1,6 +1,6 @@
 """The method: task loss, progressive, kd and adversarial terms joined into one regularised loss."""
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.loss import BinaryCrossEntropy
 
 from . import AikdError
 from .calibration import TEMPERATURE_RANGE, fit_temperature
 from .config import AikdConfig
 from .discriminator import Discriminator
-from .loss import alpha_at, binary_soft_loss, kd_loss, own_target, progressive_loss, top1
+from .loss import alpha_at, binary_soft_loss, kd_loss, progressive_loss, top1
 from .memory import SnapshotMemory, StoreMemory
 from .ranks import gather_rows, is_distributed, sum_over_ranks, world_size
 from .teacher import Teacher, better_than_chance
@@ -43,8 +44,8 @@ class Aikd(nn.Module):
         epochs: Scheduled epochs T, over which the progressive term's weight grows.
         binary: The criterion is a BCE: predictions are C independent probabilities.
         sum_classes: That BCE sums over the classes rather than averaging.
-        smoothing: The criterion's label smoothing.
-        target_threshold: The BCE's threshold on its targets.
+        criterion: The task loss, mean over the batch, for samples that a store memory has no prediction of; by default
+            plain cross-entropy or BCE.
         device: Where the student runs.
 
     Raises:
@@ -60,8 +61,7 @@ class Aikd(nn.Module):
             epochs: int = 1,
             binary: bool = False,
             sum_classes: bool = False,
-            smoothing: float = 0.,
-            target_threshold: float | None = None,
+            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
             device: torch.device | None = None,
     ):
         super().__init__()
@@ -73,7 +73,8 @@ class Aikd(nn.Module):
         if config.has_teacher and teacher is None:
             raise AikdError('AI-KD needs a teacher: give one, or set the kd and adversarial weights to 0')
         self.num_classes, self.epochs, self.binary, self.sum_classes = num_classes, epochs, binary, sum_classes
-        self.smoothing, self.target_threshold = smoothing, target_threshold
+        self.criterion = criterion or (
+            BinaryCrossEntropy(smoothing=0., sum_classes=sum_classes) if binary else nn.CrossEntropyLoss())
         self.teacher: Teacher | None = None
         self.discriminator: Discriminator | None = None
         self.needs_temperature = False
@@ -202,11 +203,7 @@ class Aikd(nn.Module):
         stepped = torch.ones((), dtype=torch.bool, device=logits.device)
         loss = task_loss
         if self.alpha > 0:
-            past, known = self.memory.recall(input, index)
-            own = known if known is None else own_target(
-                target, self.num_classes, self.smoothing, self.target_threshold)
-            progressive = self._soft_loss(
-                progressive_loss, logits, past, config.progressive_temperature, known, own)
+            progressive = self._progressive(logits, target, *self.memory.recall(input, index))
             loss = (1 - self.alpha) * loss + self.alpha * progressive
         if self.memory is not None:
             self.memory.record(index, logits, target)
@@ -230,10 +227,34 @@ class Aikd(nn.Module):
         # clones: the script divides result['loss'] in place, which may be task_loss itself
         return {'loss': loss, **{f'{name}_loss': part.detach().clone() for name, part in parts.items()}}
 
-    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float, *own):
+    def _progressive(
+            self,
+            logits: torch.Tensor,
+            target: torch.Tensor,
+            past: torch.Tensor,
+            known: np.ndarray | None,
+    ) -> torch.Tensor:
+        """The progressive term; samples without a prediction put their task loss in, which so stays what it is."""
+        temperature = self.config.progressive_temperature
+        if known is None:
+            return self._soft_loss(progressive_loss, logits, past, temperature)
+        loss = 0.
+        for mask, is_known in ((known, True), (~known, False)):
+            index = torch.from_numpy(mask.nonzero()[0]).to(logits.device, non_blocking=True)
+            if len(index) == 0:
+                continue
+            part = logits.index_select(0, index)
+            if is_known:
+                mean = self._soft_loss(progressive_loss, part, past.index_select(0, index), temperature)
+            else:
+                mean = self.criterion(part, target.index_select(0, index))
+            loss = loss + len(index) / len(logits) * mean
+        return loss
+
+    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float) -> torch.Tensor:
         if self.binary:
-            return binary_soft_loss(logits, soft, temperature, self.sum_classes, *own)
-        return softmax_loss(logits, soft, temperature, *own)
+            return binary_soft_loss(logits, soft, temperature, self.sum_classes)
+        return softmax_loss(logits, soft, temperature)
 
     @torch.no_grad()
     def _count(self, samples: int, stepped: torch.Tensor, *means: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
     z            logits               [B, C]  student logits of this step
     z_T          teacher_logits       [B, C]  teacher logits on the same batch, already divided by T_c
     log q        past_log_probs       [B, C]  the student's prediction for the same samples in the previous epoch
-    y            own_target           [B, C]  the samples' own targets, where some have no q yet
     alpha_t      alpha                        weight of the progressive term in epoch t
     tau, tau_p   temperature
     D(.)         real, fake           [B]     discriminator scores of the teacher's and of the student's output
@@ -35,38 +34,15 @@ def alpha_at(epoch: int, epochs: int, alpha_final: float) -> float:
     return alpha_final * min((epoch + 1) / epochs, 1.) if epoch > 0 else 0.
 
 
-def own_target(
-        target: torch.Tensor,
-        num_classes: int,
-        smoothing: float = 0.,
-        threshold: float | None = None,
-) -> torch.Tensor:
-    """y [B, C] of class indices [B], as a criterion with label smoothing and, for a BCE, a threshold sees it."""
-    y = F.one_hot(target, num_classes).float() * (1. - smoothing) + smoothing / num_classes
-    return y if threshold is None else (y > threshold).float()
+def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """H(target, softmax(z)), mean over the batch."""
+    return F.cross_entropy(logits.float(), target_probs)
 
 
-def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
-    """H(target, softmax(z)), mean over the batch, or [B] with reduction `none`."""
-    return F.cross_entropy(logits.float(), target_probs, reduction=reduction)
-
-
-def progressive_loss(
-        logits: torch.Tensor,
-        past_log_probs: torch.Tensor,
-        temperature: float,
-        known: torch.Tensor | None = None,
-        own_target: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """tau_p^2 * H( softmax(log q / tau_p), softmax(z / tau_p) ), mean over the batch.
-
-    Where `known` [B] is given, a sample that has no q puts H(y, softmax(z)) in, its loss as it is without this term.
-    """
+def progressive_loss(logits: torch.Tensor, past_log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """tau_p^2 * H( softmax(log q / tau_p), softmax(z / tau_p) ), mean over the batch."""
     past = F.softmax(past_log_probs.float() / temperature, dim=-1)
-    if known is None:
-        return temperature ** 2 * soft_cross_entropy(logits.float() / temperature, past)
-    losses = temperature ** 2 * soft_cross_entropy(logits.float() / temperature, past, 'none')
-    return torch.where(known, losses, soft_cross_entropy(logits, own_target, 'none')).mean()
+    return temperature ** 2 * soft_cross_entropy(logits.float() / temperature, past)
 
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -81,20 +57,11 @@ def binary_soft_loss(
         soft_logits: torch.Tensor,
         temperature: float,
         sum_classes: bool,
-        known: torch.Tensor | None = None,
-        own_target: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """tau^2 * BCE( sigmoid(soft / tau), sigmoid(z / tau) ), class by class: kd and progressive of a BCE criterion.
-
-    `known` and `own_target` are as in `progressive_loss`.
-    """
+    """tau^2 * BCE( sigmoid(soft / tau), sigmoid(z / tau) ), class by class: kd and progressive of a BCE criterion."""
     target = torch.sigmoid(soft_logits.float() / temperature)
-    losses = F.binary_cross_entropy_with_logits(logits.float() / temperature, target, reduction='none')
-    losses = temperature ** 2 * losses
-    if known is not None:
-        own = F.binary_cross_entropy_with_logits(logits.float(), own_target, reduction='none')
-        losses = torch.where(known[:, None], losses, own)
-    return (losses.sum(-1) if sum_classes else losses.mean(-1)).mean()
+    loss = F.binary_cross_entropy_with_logits(logits.float() / temperature, target, reduction='none')
+    return temperature ** 2 * (loss.sum(-1) if sum_classes else loss.mean(-1)).mean()
 
 
 def output_vector(logits: torch.Tensor, kind: str, binary: bool = False) -> torch.Tensor:

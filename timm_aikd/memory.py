@@ -133,11 +133,12 @@ class StoreMemory(nn.Module):
         self._epoch, self._step = epoch, 0
 
     @torch.no_grad()
-    def recall(self, input: torch.Tensor | None, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def recall(self, input: torch.Tensor | None, index: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None]:
         """Predictions kept for the samples `index` [B].
 
         Returns:
-            Log q [B, C], and a mask [B] of the samples that have one, or None if all have.
+            Log q [B, C], and a mask [B] of the samples that have one, or None if all have. The mask lies on the host,
+            where the table is, so that nobody has to wait for it.
 
         Raises:
             AikdError: An index is out of range.
@@ -148,10 +149,9 @@ class StoreMemory(nn.Module):
         staged = torch.empty(len(index), self.table.dtype.itemsize, dtype=torch.uint8, pin_memory=self._is_async)
         records = staged.numpy().view(self.table.dtype).squeeze(-1)
         self.table.read(index, records)
-        missing = np.count_nonzero(records['stamp'] == 0)
-        self._counts[:2] += len(index), missing
-        past, known = self.format.decode(staged.to(self.device, non_blocking=True))
-        return past, known if missing else None
+        known = records['stamp'] > 0
+        self._counts[:2] += len(index), np.count_nonzero(~known)
+        return self.format.decode(staged.to(self.device, non_blocking=True)), None if known.all() else known
 
     @torch.no_grad()
     def record(self, index: np.ndarray, logits: torch.Tensor, target: torch.Tensor) -> None:

@@ -61,19 +61,18 @@ class RecordFormat:
             values = values.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
         return torch.cat([part.contiguous().view(torch.uint8) for part in (*parts, values)], dim=-1)
 
-    def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log q [B, C] of records as bytes [B, bytes], and a mask [B] of those that were ever written."""
+    def decode(self, records: torch.Tensor) -> torch.Tensor:
+        """Log q [B, C] of records as bytes [B, bytes]; where none was ever written, anything finite."""
         values = self._field(records, 'values', self.dtype).float()
-        known = self._field(records, 'stamp', torch.int64).squeeze(-1) > 0
         if self.is_dense:
-            return values, known
+            return values
         ids = self._field(records, 'ids', self.id_dtype).long()
         if self.binary:
             rest = torch.full_like(values[:, :1], -torch.inf)
         else:
             left = (1 - values.exp().sum(-1, keepdim=True)).clamp(min=0)  # rounding can take it below
             rest = (left / (self.num_classes - self.topk)).log()
-        return rest.repeat(1, self.num_classes).scatter_(-1, ids, values), known
+        return rest.repeat(1, self.num_classes).scatter_(-1, ids, values)
 
     def _field(self, records: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
         kind, start = self.numpy.fields[name][:2]

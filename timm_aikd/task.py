@@ -71,8 +71,7 @@ class AikdTask(ClassificationTask):
         self.aikd = Aikd(
             num_classes, teacher, config, epochs,
             binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False),
-            smoothing=getattr(self.criterion, 'smoothing', getattr(self.criterion, 'label_smoothing', 0.)) or 0.,
-            target_threshold=getattr(self.criterion, 'target_threshold', None),
+            criterion=self.criterion,
             device=next(student.parameters()).device)
         self.resume_folder: Path | None = None  # of the checkpoint that `load_task_state` is about to see
         self._indices: BatchIndices | None = None
