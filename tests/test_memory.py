@@ -158,8 +158,9 @@ def test_records_under_way_are_waited_for_by_nobody(monkeypatch):
     assert Event.done and set(kept.table.records['stamp'][:4].tolist()) == {stamp_at(0, 2, 0)}
     Event.done = True
     kept.record(np.arange(4, 8), *predictions())
+    assert len(kept.table) == 4
     kept.record(np.arange(8, 12), *predictions())
-    assert len(kept.table) == 12
+    assert len(kept.table) == 8  # a step later
 
 
 class PsKd:
@@ -276,6 +277,43 @@ def test_another_runs_file_is_refused_in_one_line(tmp_path, caplog, changes, rea
     assert '\n' not in message and other.get_state() is None
 
 
+def test_a_file_names_only_the_epoch_that_it_was_saved_in(tmp_path):
+    kept = store()
+    fill(kept, 3)
+    kept.save(tmp_path)
+    resumed = store()
+    resumed.load_state(kept.get_state(), [])
+    fill(resumed, 4)
+    resumed.save(None)
+    assert resumed.get_state() is None and saved(tmp_path) == ['aikd-memory-3.safetensors']
+
+
+def test_only_files_of_its_own_are_removed(tmp_path):
+    for name in ('aikd-memory-5.safetensors.bak', 'aikd-memory-x.safetensors', 'aikd-memory-1.safetensors.tmp'):
+        (tmp_path / name).touch()
+    kept = store()
+    fill(kept, 3)
+    kept.save(tmp_path)
+    assert saved(tmp_path) == [
+        'aikd-memory-3.safetensors', 'aikd-memory-5.safetensors.bak', 'aikd-memory-x.safetensors']
+
+
+def test_a_lower_start_epoch_ages_what_was_restored(tmp_path):
+    kept = store()
+    fill(kept, 50)
+    kept.save(tmp_path)
+    for epoch, stamp in ((51, stamp_at(50, 0, 0)), (50, 1), (0, 1)):
+        resumed = store()
+        resumed.load_state(kept.get_state(), [])
+        resumed.begin_epoch(epoch)
+        assert resumed.table.records['stamp'][0] == stamp and len(resumed.table) == 12
+
+
+def test_a_batch_without_its_samples_is_an_error():
+    with pytest.raises(AikdError, match='the samples of the batch are not known'):
+        store().record(None, *predictions())
+
+
 def test_a_newer_file_of_the_same_name_is_refused(tmp_path, caplog):
     kept = store()
     fill(kept, 3)
@@ -286,7 +324,7 @@ def test_a_newer_file_of_the_same_name_is_refused(tmp_path, caplog):
     (other := store()).load_state(state, [])
     assert 'its content is not what the checkpoint names' in caplog.text and len(other.table) == 0
     other.load_state({**state, 'name': '../../etc/passwd'}, [tmp_path])
-    assert 'is refused: it is not there' in caplog.text
+    assert f'{tmp_path}/passwd is not there' in caplog.text
     other.load_state(None, [])
     assert 'names no prediction memory' in caplog.text
 
@@ -326,6 +364,7 @@ def test_two_hosts_have_the_table_of_one_process_that_sees_the_same_batches(tmp_
                 alone._epoch, alone._step = epoch, step
                 alone.record(index, predictions(5, seed=100 * epoch + 10 * step + rank)[0],
                              torch.from_numpy(index % 5))
+                alone.recall(None, index)  # commits
                 alone.table.records['stamp'][index] += rank  # the only thing that it cannot know
     for table, resumed, files in spawn(_rank_trains, 2, (hosts, str(tmp_path))):
         assert table == resumed == alone.table.records.tobytes()

@@ -219,6 +219,27 @@ def test_the_store_is_chosen_when_the_task_is_built_and_saved_with_the_checkpoin
         assert task.get_task_state()['aikd']['memory']['epoch'] == 1
 
 
+def test_mixup_outside_the_loader_takes_the_snapshot_once(caplog):
+    """Without the prefetcher the loader shows no mixup; the arguments do."""
+    caplog.set_level(logging.INFO)
+    with Script() as script:
+        parsed = args(script, '--mixup', '0.4')
+        loader = image_loader(script)
+        task = script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
+        script.globals['train_one_epoch'](0, None, loader, None, parsed, task=task)
+        assert task.aikd.memory.kind == 'snapshot' and caplog.text.count('memory s') == 2  # chosen, and the terms
+
+
+def test_the_store_without_the_create_loader_seam(caplog):
+    caplog.set_level(logging.INFO)
+    with Script(create_loader=None) as script:
+        parsed = args(script, '--aikd-memory', 'store')
+        loader = image_loader(script=type('Plain', (), {'globals': {'create_loader': create_loader}}))
+        task = script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
+        script.globals['train_one_epoch'](0, None, loader, None, parsed, task=task)
+        assert task.aikd.memory.kind == 'store' and 'no folder of checkpoints' in caplog.text
+
+
 @pytest.mark.parametrize('words, options, reason', [
     (['--mixup', '0.4'], {}, '--mixup 0.4 mixes the samples'),
     ([], {'collate_fn': FastCollateMixup(1., num_classes=3)}, 'mixup or cutmix mixes the samples'),
@@ -245,6 +266,7 @@ def test_auto_says_why_it_takes_the_snapshot_and_store_stops(words, options, rea
 def test_topk_above_the_classes_is_refused_when_the_task_is_built():
     with Script() as script:
         args(script, '--aikd-memory-topk', '4')
+        image_loader(script)
         with pytest.raises(AikdError, match='--aikd-memory-topk 4: allowed is 1 to the number of classes, 3'):
             script.globals['ClassificationTask'](ImageNet3(), nn.CrossEntropyLoss())
 

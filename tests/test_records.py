@@ -30,6 +30,14 @@ def test_float32_rows_are_exact():
     assert torch.equal(past, z.log_softmax(-1))
 
 
+@pytest.mark.parametrize('classes, topk', [(5, None), (10, 3), (40000, 7)])
+def test_a_batch_of_one(classes, topk):
+    z = logits(3, classes)
+    records = RecordFormat(classes, topk)
+    whole = records.decode(records.encode(z, torch.arange(3), 1))
+    assert torch.equal(records.decode(records.encode(z[:1], torch.arange(1), 1)), whole[:1])
+
+
 @pytest.mark.parametrize('classes, id_bytes', [(1000, 2), (32768, 2), (32769, 4), (40000, 4)])
 def test_the_largest_are_kept_and_the_rest_spread_evenly(classes, id_bytes):
     z = logits(5, classes)
@@ -58,14 +66,16 @@ def test_logits_of_a_bce_are_kept_and_the_others_impossible():
 
 
 @pytest.mark.parametrize('binary', [False, True])
-@pytest.mark.parametrize('topk', [None, 3])
+@pytest.mark.parametrize('topk', [None, 3, 8])
 def test_extremes_are_certain_and_nan_is_told(binary, topk):
-    z = logits(4, 10)
+    z = logits(5, 10)
     z[0, 0], z[1, 0], z[2, 7] = 1e30, -1e30, torch.nan
+    if not binary:
+        z[4, 6] = torch.inf  # an overflow; a BCE takes it as certain
     records = RecordFormat(10, topk, binary)
-    coded = records.encode(z, torch.zeros(4, dtype=torch.long), 1)
+    coded = records.encode(z, torch.zeros(5, dtype=torch.long), 1)
     values = coded.numpy().view(records.numpy)['values'].squeeze(1)
-    assert torch.from_numpy(values[:, 0]).isnan().tolist() == [False, False, True, False]
+    assert torch.from_numpy(values[:, 0]).isnan().tolist() == [False, False, True, False, not binary]
     probs = (torch.sigmoid if binary else torch.softmax)(records.decode(coded), *[-1] * (not binary))
     assert probs[[0, 1, 3]].isfinite().all() and probs[0, 0] == 1
     assert probs[1, 0] == pytest.approx(0, abs=0.05)  # with K = 3 its share of the rest

@@ -190,6 +190,30 @@ def test_log_says_what_is_on_and_every_epoch(caplog):
     assert f'on timm {timm.__version__}' in caplog.messages[-1]
 
 
+class Images(torch.utils.data.Dataset):
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return torch.full((3, 64, 64), index / self.size), index % 4
+
+
+def test_a_loader_for_each_epoch_and_one_of_other_data():
+    config = AikdConfig(teacher='none', alpha=0.5)
+    task = AikdTask(small_model(), nn.CrossEntropyLoss(), config=config, epochs=3, verbose=False)
+    for epoch in range(2):
+        loader = torch.utils.data.DataLoader(Images(10), 3, shuffle=True)  # the last batch has one sample
+        task.begin_epoch(epoch, loader)
+        results = [task(*images)['progressive_loss'].item() for images in loader]
+        task.end_epoch()
+    assert task.aikd.memory.kind == 'store' and all(result > 0 for result in results) and len(results) == 4
+    with pytest.raises(AikdError, match='the loader of epoch 2 has 8 samples, the first had 10'):
+        task.begin_epoch(2, torch.utils.data.DataLoader(Images(8), 3))
+
+
 def test_compiled_networks_give_the_eager_loss():
     losses = []
     for compiled in (False, True):

@@ -149,6 +149,8 @@ class Aikd(nn.Module):
         """Take another memory than the snapshot; before the first epoch, on all ranks. Also before or after
         `load_state`, whose predictions it then gets."""
         self.memory = memory
+        if isinstance(memory, StoreMemory):
+            memory.device = self._sums.device
         self._restore_memory()
 
     def begin_epoch(self, epoch: int, student: nn.Module) -> None:

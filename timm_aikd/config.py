@@ -69,8 +69,8 @@ class AikdConfig:
         'auto', 'probabilities that the store keeps a sample, the largest ones, at most one a class; auto: all up to '
         '1,024 classes, else 128', type=int, low=1, high=2 ** 20, word='auto', metavar='K')
     memory_dir: str | None = _option(
-        None, 'folder that the store\'s table is mapped from, one a host, 2 bytes a probability and sample or 4 where '
-        'only the largest are kept (default: the host\'s folder for temporary files)', type=str, metavar='DIR')
+        None, 'folder that the store\'s table is mapped from, one a host, 2 bytes a probability and sample, 4 to 6 '
+        'where only the largest are kept (default: the host\'s folder for temporary files)', type=str, metavar='DIR')
     seed: int = _option(0, 'seeds the discriminator alone', low=0, high=2 ** 63 - 1, metavar='N')
 
     def __post_init__(self):

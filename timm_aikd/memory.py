@@ -5,6 +5,7 @@ Both memories have the same four verbs: `begin_epoch`, `recall` (log q of a batc
 """
 import copy
 import logging
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .table import HostTable, size_text
 _logger = logging.getLogger(__name__)
 
 _FILE_VERSION = '1'
+_FILE_NAME = re.compile(r'aikd-memory-\d+\.safetensors(\.tmp)?')
 _WORTH_SAYING = 0.01  # share of an epoch's samples; below it, they are the odd ones out
 
 
@@ -87,8 +89,8 @@ class StoreMemory(nn.Module):
     """Each training sample's prediction from its last visit, in one table a host; no second forward.
 
     A prediction is what the student said in training mode, on the augmented input, before the step's update, as in
-    PS-KD (https://arxiv.org/abs/2006.12000). One that is not finite is not kept. Where a sample comes twice in an
-    epoch, its second visit finds what the first one said.
+    PS-KD (https://arxiv.org/abs/2006.12000). One that is not finite is not kept. Where a sample comes again in the same
+    epoch, a later step may find what the earlier one said.
 
     Creating the memory and `end_epoch`, `save` and `load_state` are collective calls.
 
@@ -96,8 +98,8 @@ class StoreMemory(nn.Module):
         records: What is kept of a prediction.
         samples: Number of samples of the training set.
         folder: Where the table's scratch file lies; None: the system's folder for temporary files.
-        device: Where the student runs.
-        host: Ranks that give the same name share a table; None: the machine's name.
+        device: Where the student runs; `Aikd.use_memory` sets it.
+        host: Ranks that give the same name share a table; None: this machine's.
 
     Raises:
         AikdError: The table cannot be made.
@@ -118,6 +120,7 @@ class StoreMemory(nn.Module):
         self.table = HostTable(records.numpy, samples, folder, host)
         self.saved: dict[str, Any] | None = None  # the newest file: name, folder, epoch, digest
         self._named: str | None = None  # the file that the newest checkpoint names
+        self._loaded_epoch: int | None = None
         self._epoch = self._step = 0
         self._arriving: deque[_Arriving] = deque()
         self._written: list[np.ndarray] = []  # indices not yet sent to the other hosts
@@ -131,6 +134,9 @@ class StoreMemory(nn.Module):
         """Start an epoch's stamps."""
         self._commit(wait=True)  # of an epoch cut short
         self._epoch, self._step = epoch, 0
+        if self._loaded_epoch is not None and epoch <= self._loaded_epoch:
+            self.table.age()  # --start-epoch: what is to come must be newer
+        self._loaded_epoch = None
 
     @torch.no_grad()
     def recall(self, input: torch.Tensor | None, index: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None]:
@@ -155,7 +161,10 @@ class StoreMemory(nn.Module):
 
     @torch.no_grad()
     def record(self, index: np.ndarray, logits: torch.Tensor, target: torch.Tensor) -> None:
-        """Keep the student's predictions for the samples `index`; on CUDA they reach the table a step later.
+        """Keep the student's predictions for the samples `index`.
+
+        They reach the table a step later: on CUDA they have arrived by then, and nowhere does a copy of a sample in the
+        same step, as repeated augmentation has them on several ranks, find it half written.
 
         Args:
             index: Dataset indices [B].
@@ -174,8 +183,6 @@ class StoreMemory(nn.Module):
         records = self.format.encode(logits, target, stamp_at(self._epoch, self._step, rank()))
         self._arriving.append(_Arriving(index, records))
         self._step += 1
-        if not self._is_async:
-            self._commit()
 
     def end_epoch(self) -> None:
         """Commit what is under way and exchange what was written with the other hosts.
@@ -183,6 +190,7 @@ class StoreMemory(nn.Module):
         Raises:
             AikdError: The samples have other labels than at their last visit: the indices are not theirs.
         """
+        self.saved = None  # until it is saved again
         self._commit(wait=True)
         device = group_device(self.device)
         if self.table.has_other_hosts:
@@ -214,20 +222,27 @@ class StoreMemory(nn.Module):
             folder: Of the checkpoints; only the primary rank's counts, None there saves nothing.
         """
         if folder is not None and rank() == 0:
-            self.saved, folder = None, Path(folder).resolve()
+            folder = Path(folder).resolve()
             name = f'aikd-memory-{self._epoch}.safetensors'
             try:
                 digest = self.table.save(folder / name, self._metadata(self._epoch))
                 self.saved = {'name': name, 'folder': str(folder), 'epoch': self._epoch, 'digest': digest}
-                for path in folder.glob('aikd-memory-*.safetensors*'):
-                    if path.name not in (name, self._named):
-                        path.unlink()
             except OSError as error:
                 _logger.warning(
                     f'AI-KD: the prediction memory ({size_text(self.table.bytes)}) was not saved beside the '
                     f'checkpoints: {error}; training goes on, a resume from this epoch would pause the progressive '
                     f'term for one epoch')
+            else:
+                self._remove_older(folder, name)
         barrier()
+
+    def _remove_older(self, folder: Path, name: str) -> None:
+        for path in folder.iterdir():
+            if _FILE_NAME.fullmatch(path.name) and path.name not in (name, self._named):
+                try:
+                    path.unlink()
+                except OSError as error:
+                    _logger.warning(f'AI-KD: {path} is no longer needed and could not be removed: {error.strerror}')
 
     def get_state(self) -> dict[str, Any] | None:
         """Which file belongs to a checkpoint that is written now; None if there is none."""
@@ -247,17 +262,17 @@ class StoreMemory(nn.Module):
                     'AI-KD: the checkpoint names no prediction memory: the progressive term pauses for one epoch')
             return
         paths = [Path(folder) / Path(state['name']).name for folder in (*folders, state['folder'])]
-        path = next(filter(Path.is_file, paths), None)
-        reason = self.table.load(path, self._metadata(state['epoch']), state['digest'])
+        reason = self.table.load(paths, self._metadata(state['epoch']), state['digest'])
         if reason is None:
-            self.saved, self._named = state, state['name']
+            self.saved, self._named, self._loaded_epoch = state, state['name'], state['epoch']
         if rank() != 0:
             return
         if reason is None:
             _logger.info(f'AI-KD: prediction memory of epoch {state["epoch"]} restored, {len(self.table):,} samples')
         else:
             _logger.warning(
-                f'AI-KD: {path or paths[0]} is refused: {reason}; the progressive term pauses for one epoch')
+                f'AI-KD: no prediction memory of epoch {state["epoch"]}: {reason}; the progressive term pauses for one '
+                f'epoch')
 
     def _metadata(self, epoch: int) -> dict[str, str]:
         return {'version': _FILE_VERSION, 'epoch': str(epoch), 'records': self.format.describe()}
@@ -266,7 +281,11 @@ class StoreMemory(nn.Module):
     def _is_async(self) -> bool:
         return self.device.type == 'cuda'
 
-    def _check(self, index: np.ndarray) -> None:
+    def _check(self, index: np.ndarray | None) -> None:
+        if index is None:
+            raise AikdError(
+                '--aikd-memory store: the samples of the batch are not known: give their dataset indices with it, or '
+                'let begin_epoch choose the memory for its loader')
         if index.min() < 0 or index.max() >= self.table.samples:
             raise AikdError(
                 f'--aikd-memory store: the loader yields samples {index.min()} to {index.max()}, the training set has '
@@ -296,7 +315,7 @@ class _Arriving:
             self.bytes = torch.empty(records.shape, dtype=records.dtype, pin_memory=True)
             self.bytes.copy_(records, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(records.device))
         else:
             self.bytes = records.cpu()
 

@@ -164,12 +164,15 @@ class _Script:
                 class_names=self.class_names,
             )
         self.task = AikdTask(*args, teacher=teacher, config=config, epochs=scheduled_epochs(self.args), **kwargs)
-        self.task.choose_memory(self.loader, store_obstacle(self.args))
+        if self.loader is not None:
+            self.task.choose_memory(self.loader, store_obstacle(self.args))
         if getattr(self.args, 'resume', None):
             self.task.resume_folder = Path(self.args.resume).parent
         return self.task
 
     def train_one_epoch(self, *args, **kwargs):
+        from .arguments import store_obstacle
+
         bound = inspect.signature(self.original['train_one_epoch']).bind(*args, **kwargs).arguments
         task, loader = bound.get('task'), bound['loader']
         if task is None or task is not self.task:
@@ -180,6 +183,7 @@ class _Script:
         if bound.get('num_updates_total'):  # what timm's scheduler made of --epochs, exactly
             updates = math.ceil(len(loader) / self.args.grad_accum_steps)
             task.aikd.epochs = bound['num_updates_total'] // updates
+        task.choose_memory(loader, store_obstacle(self.args))  # where create_loader could not be watched
         task.begin_epoch(bound['epoch'], loader, checkpoint_folder=bound.get('output_dir'))
         steps = task.aikd.steps
         metrics = self.original['train_one_epoch'](*args, **kwargs)

@@ -57,7 +57,7 @@ class RecordFormat:
         elif not self.binary:
             values = F.log_softmax(values, dim=-1)
         values = values.to(self.dtype)  # what overflows has the probability 0, or with a BCE 0 or 1: no harm
-        if self.binary:  # a softmax spreads a NaN by itself
+        if self.binary or not self.is_dense:  # else a softmax has spread the NaN
             values = values.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
         return torch.cat([part.contiguous().view(torch.uint8) for part in (*parts, values)], dim=-1)
 
@@ -76,7 +76,8 @@ class RecordFormat:
 
     def _field(self, records: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
         kind, start = self.numpy.fields[name][:2]
-        return records[:, start:start + kind.itemsize].contiguous().view(dtype)
+        # a copy, for views of other dtypes need aligned rows; contiguous() does not copy where B = 1
+        return records[:, start:start + kind.itemsize].clone(memory_format=torch.contiguous_format).view(dtype)
 
     def describe(self) -> str:
         """The content of a record in words, for logs and for files."""

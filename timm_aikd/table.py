@@ -51,7 +51,7 @@ class HostTable:
     def __init__(self, dtype: np.dtype, samples: int, folder: str | None = None, host: str | None = None):
         self.dtype, self.samples, self.bytes = dtype, samples, samples * dtype.itemsize
         self.folder = Path(folder or tempfile.gettempdir())
-        hosts = gather_objects(host or socket.gethostname())
+        hosts = gather_objects(host or _this_host())
         mine = [other for other, name in enumerate(hosts) if name == hosts[rank()]]
         self.hosts, self._place, self._is_leader = hosts, mine.index(rank()), mine[0] == rank()
         self.has_other_hosts = len(mine) < len(hosts)
@@ -187,44 +187,61 @@ class HostTable:
         _sync_folder(path.parent)
         return digest.hexdigest()
 
-    def load(self, path: Path | None, metadata: dict[str, str], digest: str) -> str | None:
+    def age(self) -> None:
+        """Make every record older than any that will be written. A collective call."""
+        if self._is_leader:
+            for start, stop in self._slices():
+                stamps = self.records['stamp'][start:stop]
+                np.minimum(stamps, 1, out=stamps)
+        barrier()
+
+    def load(self, paths: list[Path], metadata: dict[str, str], digest: str) -> str | None:
         """Fill the table from a file of `save`, on all hosts or on none. A collective call.
 
         Args:
-            path: The file, None if it was not found.
+            paths: Where the file may be; the first that is the right one is taken.
             metadata: What its metadata must be.
             digest: What `save` returned.
 
         Returns:
-            None, or why the file was refused; the table is empty then.
+            None, or why no file was taken; the table is empty then.
         """
-        reason = self._load(path, metadata, digest) if self._is_leader else None
+        reason = self._load_first(paths, metadata, digest) if self._is_leader else None
         reason = next(filter(None, gather_objects(reason)), None)
         if reason is not None and self._is_leader:
             self.records['stamp'] = 0
         barrier()  # nobody reads before all have cleared
         return reason
 
-    def _load(self, path: Path | None, metadata: dict[str, str], digest: str) -> str | None:
-        if path is None:
-            return 'it is not there'
+    def _load_first(self, paths: list[Path], metadata: dict[str, str], digest: str) -> str | None:
+        reasons = {}
+        for path in paths:
+            reasons[str(path)] = reason = self._load(path, metadata, digest)
+            if reason is None:
+                return None
+        where = f' (on {socket.gethostname()})' if self.has_other_hosts else ''
+        return '; '.join(f'{path} {reason}' for path, reason in reasons.items()) + where
+
+    def _load(self, path: Path, metadata: dict[str, str], digest: str) -> str | None:
         read = hashlib.sha256()
         try:
+            if not path.is_file():
+                return 'is not there'
             with safe_open(path, 'np') as file:
                 found = file.metadata() or {}
                 for name, value in metadata.items():
                     if found.get(name) != value:
-                        return f'its {name} is {found.get(name)}, not {value}'
+                        return f'is refused, its {name} is {found.get(name)}, not {value}'
                 rows = file.get_slice('records')
                 if rows.get_shape() != [self.samples, self.dtype.itemsize] or rows.get_dtype() != 'U8':
-                    return f'its records are {rows.get_dtype()} {rows.get_shape()}'
+                    return f'is refused, its records are {rows.get_dtype()} {rows.get_shape()}'
                 for start, stop in self._slices():
                     chunk = np.ascontiguousarray(rows[start:stop])
                     read.update(chunk)
                     self.records[start:stop] = chunk.reshape(-1).view(self.dtype)
         except (OSError, SafetensorError, ValueError) as error:
-            return f'it cannot be read ({" ".join(str(error).split())[:100]})'
-        return None if read.hexdigest() == digest else 'its content is not what the checkpoint names'
+            return f'cannot be read ({" ".join(str(error).split())[:100]})'
+        return None if read.hexdigest() == digest else 'is refused, its content is not what the checkpoint names'
 
     def _slices(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.samples, self._chunk):
@@ -233,6 +250,15 @@ class HostTable:
     def __len__(self) -> int:
         """Number of samples that have a record."""
         return sum(int(np.count_nonzero(self.records['stamp'][start:stop])) for start, stop in self._slices())
+
+
+def _this_host() -> str:
+    """The machine's name, and where the system has it a number of this boot: names are not always unique."""
+    try:
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    except OSError:
+        boot = ''
+    return f'{socket.gethostname()} {boot}'
 
 
 def size_text(size: int) -> str:

@@ -76,7 +76,7 @@ class AikdTask(ClassificationTask):
         self.resume_folder: Path | None = None  # of the checkpoint that `load_task_state` is about to see
         self._indices: BatchIndices | None = None
         self._checkpoint_folder: Path | str | None = None
-        self._started = False
+        self._memory_chosen = self._started = False
 
     def forward(
             self,
@@ -104,7 +104,7 @@ class AikdTask(ClassificationTask):
         return {'output': output, **self.aikd(input, output, target, task_loss, index)}
 
     def choose_memory(self, loader: Any, reason: str | None = None) -> None:
-        """Settle where the previous epoch's predictions come from; by itself `begin_epoch` does it.
+        """Settle where the previous epoch's predictions come from, once; `begin_epoch` does it by itself.
 
         Args:
             loader: The training batches.
@@ -114,8 +114,9 @@ class AikdTask(ClassificationTask):
             AikdError: The memory is to be a store, and cannot be.
         """
         aikd, config = self.aikd, self.aikd.config
-        if aikd.memory is None or isinstance(aikd.memory, StoreMemory):
+        if self._memory_chosen or aikd.memory is None or isinstance(aikd.memory, StoreMemory):
             return
+        self._memory_chosen = True
         records = RecordFormat(
             aikd.num_classes, None if config.memory_topk == 'auto' else config.memory_topk, aikd.binary)
         if config.memory == 'snapshot':
@@ -151,8 +152,8 @@ class AikdTask(ClassificationTask):
 
         Args:
             epoch: From 0.
-            loader: The epoch's batches, for a store memory to know which samples they hold. Without it `auto` takes a
-                snapshot.
+            loader: The epoch's batches, for a store memory to know which samples they hold: in every epoch the same
+                ones at the same positions of its data set. Without a loader `auto` takes a snapshot.
             checkpoint_folder: Where the primary rank saves a store memory at the end of the epoch; without it a
                 resume begins with an empty one.
 
@@ -164,6 +165,10 @@ class AikdTask(ClassificationTask):
             self.choose_memory(loader)
             self._start()
         elif self._indices is not None and loader is not None and loader is not self._indices.loader:
+            if len(loader.dataset) != self.aikd.memory.table.samples:
+                raise AikdError(
+                    f'--aikd-memory store: the loader of epoch {epoch} has {len(loader.dataset)} samples, the first '
+                    f'had {self.aikd.memory.table.samples}; train on one data set, or use --aikd-memory snapshot')
             self._indices = BatchIndices(loader)
         self.aikd.begin_epoch(epoch, unwrap_model(self.trainable_module))
 
