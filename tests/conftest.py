@@ -49,11 +49,14 @@ def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp('images') / 'data')
 
 
+WITHOUT_TASKS = ('v1.0.22', 'legacy')
+
+
 def training_scripts() -> dict[str, Path]:
     """Our own script, and those of timm that `TIMM_TRAIN_SCRIPTS` holds: FOLDER/<version>/train.py."""
     scripts = {'examples': ROOT / 'examples' / 'train.py'}
     folder = os.environ.get('TIMM_TRAIN_SCRIPTS')
-    for version in ('v1.0.27', 'v1.0.28', 'newest'):
+    for version in ('v1.0.27', 'v1.0.28', 'newest', *WITHOUT_TASKS):
         scripts[version] = Path(folder) / version / 'train.py' if folder else None
     return scripts
 

@@ -4,12 +4,14 @@ import logging
 import re
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 from timm.data import FastCollateMixup, create_loader
 from timm.task import ClassificationTask, resume_task_checkpoint
+from timm.utils import CheckpointSaver
 
 from timm_aikd import AikdError, AikdTask, arguments, patch, table
 
@@ -123,6 +125,73 @@ def test_a_script_without_the_seams_is_refused(changes, missing, capsys):
     error = capsys.readouterr().err
     assert f'somewhere/train.py has no {missing}' in error and 'timm 1.0.27 and later' in error
     script.parse()  # without --aikd it is no matter of ours
+
+
+def train_by_loss(epoch, model, loader, optimizer, loss_fn, args, saver=None, output_dir=None):
+    """The epoch of a script without tasks, one batch of each two an accumulated update."""
+    for step, (input, target) in enumerate(loader):
+        loss = loss_fn(model(input), target)
+        loss /= 2
+        loss.backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return OrderedDict(loss=1.)
+
+
+WITHOUT_TASKS = dict(ClassificationTask=None, resume_task_checkpoint=None, train_one_epoch=train_by_loss)
+
+
+@pytest.mark.parametrize('wrap', [lambda model: model, lambda model: torch.compile(model, backend='eager')])
+def test_a_script_without_tasks(tmp_path, caplog, wrap):
+    """The method, its metrics and its state go through loss_fn and the saver; nothing is left on model or torch."""
+    caplog.set_level(logging.INFO)
+    torch_save = torch.save
+    states = []
+    for resume in ('', str(tmp_path / 'last.pth.tar')):
+        with Script(**WITHOUT_TASKS) as script:
+            parsed = args(script, '--aikd-memory-dir', str(tmp_path), '--aikd-disc-hidden', '8')
+            bound = patch._patched[id(script.globals)]
+            bound.args.resume = resume
+            bound.config = replace(bound.config, teacher='given')
+            bound._teacher = lambda *_: ImageNet3()
+            loader, model = image_loader(script), wrap(ImageNet3())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            saver = CheckpointSaver(
+                model, optimizer, args=parsed, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+            criterion = nn.CrossEntropyLoss()
+            for epoch in (2,) if resume else (0, 1):
+                metrics = script.globals['train_one_epoch'](
+                    epoch, model, loader, optimizer, criterion, parsed, saver=saver, output_dir=str(tmp_path))
+                saver.save_checkpoint(epoch, metric=float(epoch))
+            saver.save_recovery(epoch)
+            assert not model._forward_pre_hooks and torch.save is torch_save
+        saved = torch.load(tmp_path / 'last.pth.tar', weights_only=False)
+        recovery, = (torch.load(path, weights_only=False) for path in tmp_path.glob(f'recovery-{epoch}-*'))
+        assert recovery['task_state']['aikd']['epoch'] == epoch
+        assert metrics['aikd_progressive'] > 0 and metrics['aikd_kd'] > 0 and bound.run.aikd.steps == 6 * len(
+            range(epoch, 3) if resume else range(2))
+        states.append(saved['task_state']['aikd'])
+    steps = [state['discriminator']['optimizer']['state'][0]['step'].item() for state in states]
+    assert steps == [12, 18] and 'prediction memory of epoch 1 restored, 24 samples' in caplog.text
+    assert saved['state_dict'].keys() == ImageNet3().state_dict().keys()
+
+
+def test_a_plain_checkpoint_resumes_without_tasks(tmp_path, caplog):
+    torch.save({'state_dict': {}, 'epoch': 1}, tmp_path / 'plain.pth.tar')
+    for name, message in (('plain', 'of a run without AI-KD'), ('broken', 'never unpickled')):
+        with Script(**WITHOUT_TASKS) as script:
+            parsed = args(script)
+            patch._patched[id(script.globals)].args.resume = str(tmp_path / f'{name}.pth.tar')
+            (tmp_path / 'broken.pth.tar').write_bytes(b'cos\nsystem\n(S"echo"\ntR.')
+            words = (0, ImageNet3(), image_loader(script), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.),
+                     nn.CrossEntropyLoss(), parsed)
+            if name == 'broken':
+                with pytest.raises(AikdError, match=message):
+                    script.globals['train_one_epoch'](*words)
+            else:
+                script.globals['train_one_epoch'](*words)
+                assert message in caplog.text
 
 
 @pytest.mark.parametrize('changes', [{'create_loader': None}, {'validate': None}, {'validate': lambda model: None}])

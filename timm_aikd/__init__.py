@@ -13,7 +13,8 @@ The files, in reading order:
     calibration    temperature scaling, ECE, AURC
     config         every option, once
     aikd           the method: the parts above joined into one regularised loss
-    task           the method as a timm training task
+    run            the method in a training run: its memory, its samples, its state, its log
+    task           a timm training task that holds such a run
     arguments      a script's arguments: what is refused before anything is built
     patch          the only file that touches a training script
     ranks          the run's processes, for all of the above

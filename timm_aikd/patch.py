@@ -8,23 +8,29 @@ import os
 import random
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import AikdError
 
-SUPPORTED = 'train.py of timm 1.0.27 and later'
+SUPPORTED = 'train.py of timm 1.0.27 and later, or without tasks: up to 1.0.22, and legacy_train.py'
 
 # name in the script's globals -> the parameters AI-KD relies on, whether it can do without the name
-SEAMS: dict[str, tuple[set[str], bool]] = {
-    'ClassificationTask': (set(), False),
-    'train_one_epoch': ({'epoch', 'loader', 'task'}, False),
-    'resume_task_checkpoint': (set(), False),  # not replaced: without it a checkpoint would lose AI-KD's state
+_Seams = dict[str, tuple[set[str], bool]]
+_EITHER: _Seams = {
     'create_loader': (set(), True),  # to fit T_c on validation images, compare class names, choose the memory early
     'validate': ({'loss_fn'}, True),  # for eval_ece and eval_aurc
 }
+TASK_SEAMS: _Seams = {
+    'ClassificationTask': (set(), False),
+    'train_one_epoch': ({'epoch', 'loader', 'task'}, False),
+    'resume_task_checkpoint': (set(), False),  # not replaced: without it a checkpoint would lose AI-KD's state
+    **_EITHER,
+}
+# Scripts without tasks call loss_fn(model(input), target).
+LOSS_SEAMS: _Seams = {'train_one_epoch': ({'epoch', 'model', 'loader', 'loss_fn', 'saver'}, False), **_EITHER}
 
 _CALIBRATION_IMAGES = 2048
 
@@ -94,9 +100,14 @@ def _warn_of_idle_options(args: argparse.Namespace) -> None:
             return
 
 
+def _seams(script: dict[str, Any]) -> _Seams:
+    has_tasks = 'ClassificationTask' in script or 'loss_fn' not in _parameters(script.get('train_one_epoch'))
+    return TASK_SEAMS if has_tasks else LOSS_SEAMS
+
+
 def _check_seams(script: dict[str, Any]) -> None:
     where = script.get('__file__') or script.get('__name__')
-    for name, (parameters, optional) in SEAMS.items():
+    for name, (parameters, optional) in _seams(script).items():
         missing = name not in script or not parameters <= _parameters(script[name])
         if missing and not optional:
             what = f'{name}({", ".join(sorted(parameters))})' if parameters else name
@@ -115,15 +126,18 @@ class _Script:
 
     def __init__(self, script: dict[str, Any], args: argparse.Namespace, config):
         self.script, self.args, self.config = script, args, config
-        self.task = None
+        self.task = None  # in a script with tasks
+        self.run = None  # what the task holds, or takes its place
         self.loader = None  # of the training images
         self.class_names: list[str] | None = None
         self.validation: tuple[tuple, dict[str, Any]] | None = None  # how the script made its validation loader
         self.failed = False
-        self.original = {name: script[name] for name in SEAMS if name in script}
+        seams = _seams(script)
+        self.has_tasks = seams is TASK_SEAMS
+        self.original = {name: script[name] for name in seams if name in script}
         for name in self.original:
             replacement = getattr(self, name, None)
-            if replacement is not None and SEAMS[name][0] <= _parameters(script[name]):
+            if replacement is not None and seams[name][0] <= _parameters(script[name]):
                 script[name] = replacement
         self.excepthook = sys.excepthook
         sys.excepthook = self._excepthook
@@ -140,57 +154,109 @@ class _Script:
     # the seams, by the name they replace
 
     def ClassificationTask(self, *args, **kwargs):
-        from timm.data import resolve_data_config
-
-        from .arguments import scheduled_epochs, store_obstacle
+        from .arguments import scheduled_epochs
         from .task import AikdTask
-        from .teacher import load_teacher
 
         arguments = inspect.signature(self.original['ClassificationTask']).bind(*args, **kwargs).arguments
-        model, config = arguments['model'], self.config
-        if not kwargs.get('verbose', True):
-            _package_logger.setLevel(logging.ERROR)  # what concerns all ranks is said by the primary one
-        data_config = resolve_data_config(vars(self.args), model=model)
-        teacher = None
-        if config.has_teacher:
-            teacher = load_teacher(
-                config.teacher,
-                student=model,
-                model_name=config.teacher_model,
-                default_model_name=self.args.model,
-                dtype=config.teacher_dtype,
-                mean=data_config['mean'],
-                std=data_config['std'],
-                class_names=self.class_names,
-            )
-        self.task = AikdTask(*args, teacher=teacher, config=config, epochs=scheduled_epochs(self.args), **kwargs)
-        if self.loader is not None:
-            self.task.choose_memory(self.loader, store_obstacle(self.args))
-        if getattr(self.args, 'resume', None):
-            self.task.resume_folder = Path(self.args.resume).parent
+        teacher = self._teacher(arguments['model'], kwargs.get('verbose', True))
+        self.task = AikdTask(*args, teacher=teacher, config=self.config, epochs=scheduled_epochs(self.args), **kwargs)
+        self._adopt(self.task.run)
         return self.task
 
     def train_one_epoch(self, *args, **kwargs):
+        bound = inspect.signature(self.original['train_one_epoch']).bind(*args, **kwargs)
+        arguments = bound.arguments
+        if self.has_tasks:
+            if self.task is None or arguments.get('task') is not self.task:
+                raise AikdError(
+                    f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
+            return self._epoch(bound)
+        if self.run is None:
+            self._run_without_task(arguments)
+        with _last_input(arguments['model']) as inputs:
+            arguments['loss_fn'] = lambda output, target: self.run.loss(inputs[-1], output, target)['loss']
+            return self._epoch(bound)
+
+    def _epoch(self, bound: inspect.BoundArguments):
+        """The script's epoch between the begin and the end of ours."""
         from .arguments import store_obstacle
 
-        bound = inspect.signature(self.original['train_one_epoch']).bind(*args, **kwargs).arguments
-        task, loader = bound.get('task'), bound['loader']
-        if task is None or task is not self.task:
-            raise AikdError(f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
-        if task.aikd.needs_temperature and self.validation is not None:
+        run, arguments = self.run, bound.arguments
+        loader = arguments['loader']
+        if run.aikd.needs_temperature and self.validation is not None:
             with _random_streams_kept():
-                task.calibrate(self._calibration_batches())
-        if bound.get('num_updates_total'):  # what timm's scheduler made of --epochs, exactly
+                run.calibrate(self._calibration_batches())
+        if arguments.get('num_updates_total'):  # what timm's scheduler made of --epochs, exactly
             updates = math.ceil(len(loader) / self.args.grad_accum_steps)
-            task.aikd.epochs = bound['num_updates_total'] // updates
-        task.choose_memory(loader, store_obstacle(self.args))  # where create_loader could not be watched
-        task.begin_epoch(bound['epoch'], loader, checkpoint_folder=bound.get('output_dir'))
-        steps = task.aikd.steps
-        metrics = self.original['train_one_epoch'](*args, **kwargs)
-        if len(loader) and task.aikd.steps == steps:
+            run.aikd.epochs = arguments['num_updates_total'] // updates
+        run.choose_memory(loader, store_obstacle(self.args))  # where create_loader could not be watched
+        run.begin_epoch(arguments['epoch'], loader, checkpoint_folder=arguments.get('output_dir'))
+        steps = run.aikd.steps
+        metrics = self.original['train_one_epoch'](*bound.args, **bound.kwargs)
+        if len(loader) and run.aikd.steps == steps:
             raise AikdError(f'--aikd: an epoch ended without one AI-KD step; supported is {SUPPORTED}')
-        metrics.update((f'aikd_{name}', value) for name, value in task.end_epoch().items())
+        metrics.update((f'aikd_{name}', value) for name, value in run.end_epoch().items())
         return metrics
+
+    def _teacher(self, student, verbose: bool):
+        from timm.data import resolve_data_config
+
+        from .teacher import load_teacher
+
+        if not verbose:
+            _package_logger.setLevel(logging.ERROR)  # what concerns all ranks is said by the primary one
+        config = self.config
+        if not config.has_teacher:
+            return None
+        data_config = resolve_data_config(vars(self.args), model=student)
+        return load_teacher(
+            config.teacher,
+            student=student,
+            model_name=config.teacher_model,
+            default_model_name=self.args.model,
+            dtype=config.teacher_dtype,
+            mean=data_config['mean'],
+            std=data_config['std'],
+            class_names=self.class_names,
+        )
+
+    def _adopt(self, run) -> None:
+        from .arguments import store_obstacle
+
+        self.run = run
+        if self.loader is not None:
+            run.choose_memory(self.loader, store_obstacle(self.args))
+        if getattr(self.args, 'resume', None):
+            run.resume_folder = Path(self.args.resume).parent
+
+    def _run_without_task(self, arguments: dict[str, Any]) -> None:
+        """What a task does in newer scripts: build, compile, give all ranks one D, resume, and go into checkpoints."""
+        from timm.utils import unwrap_model
+
+        from .arguments import scheduled_epochs
+        from .ranks import is_distributed
+        from .run import AikdRun
+        from .source import load_checkpoint
+
+        args, student = self.args, unwrap_model(arguments['model'])
+        verbose = getattr(args, 'rank', 0) == 0
+        teacher = self._teacher(student, verbose)
+        run = AikdRun(student, arguments['loss_fn'], teacher, self.config, scheduled_epochs(args), verbose)
+        if getattr(args, 'torchcompile', None):
+            run.aikd.compile(backend=args.torchcompile, mode=getattr(args, 'torchcompile_mode', None))
+        if is_distributed() and run.aikd.discriminator is not None:
+            run.aikd.discriminator.broadcast()
+        self._adopt(run)
+        if getattr(args, 'resume', None):
+            try:
+                checkpoint = load_checkpoint(args.resume)
+            except Exception as error:
+                raise AikdError(
+                    f'--resume {args.resume}: holds more than tensors and plain containers, which is never unpickled: '
+                    f'resume from a checkpoint of this script') from error
+            run.load_state(checkpoint.get('task_state') if isinstance(checkpoint, dict) else None)
+        if arguments.get('saver') is not None:
+            _carry_state(arguments['saver'], run.get_state)
 
     def create_loader(self, *args, **kwargs):
         loader = self.original['create_loader'](*args, **kwargs)
@@ -234,7 +300,8 @@ class _Script:
         bound.arguments['persistent_workers'] = False
         for input, target in self.original['create_loader'](*bound.args, **bound.kwargs):
             if not bound.arguments.get('use_prefetcher', True):
-                input, target = input.to(self.task.device, self.task.dtype), target.to(self.task.device)
+                weight = next(self.run.student.parameters())
+                input, target = input.to(weight.device, weight.dtype), target.to(weight.device)
             yield input, target
             left -= len(target)
             if left <= 0:
@@ -250,14 +317,44 @@ class _Script:
             self.excepthook(kind, error, traceback)
 
     def _check_steps(self) -> None:
-        if self.failed or (self.task is not None and self.task.aikd.steps > 0):
+        if self.failed or (self.run is not None and self.run.aikd.steps > 0):
             return
         print(
             'error: --aikd was given, but no AI-KD step was ever taken: no epoch was left to train, or the script does '
-            f'not train through ClassificationTask; supported is {SUPPORTED}', file=sys.stderr)
+            f'not train through its train_one_epoch; supported is {SUPPORTED}', file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the only way to fail from here; nothing has been trained
+
+
+@contextmanager
+def _last_input(model) -> Iterator[list]:
+    """Within, a list of the last batch that the model was given."""
+    inputs: list = []
+    handle = model.register_forward_pre_hook(lambda _, args: inputs.__setitem__(slice(None), args[:1]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def _carry_state(saver, get_state: Callable[[], dict[str, Any]]) -> None:
+    """Let a saver that knows no tasks write the state into its checkpoints, where timm keeps a task's."""
+    import torch
+
+    def carrying(save: Callable) -> Callable:
+        def carrying_save(*args, **kwargs):
+            torch_save = torch.save
+            torch.save = lambda checkpoint, *more, **options: torch_save(
+                {**checkpoint, 'task_state': get_state()}, *more, **options)
+            try:
+                return save(*args, **kwargs)
+            finally:
+                torch.save = torch_save
+        return carrying_save
+
+    for name in ('save_checkpoint', 'save_recovery'):
+        setattr(saver, name, carrying(getattr(saver, name)))
 
 
 def _class_names(dataset) -> list[str] | None:

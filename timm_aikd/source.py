@@ -129,6 +129,12 @@ def from_file(
         f'name their architecture with --aikd-teacher-model')
 
 
+def load_checkpoint(path: str) -> Any:
+    """A file of torch.save, tensors and plain containers only."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments so
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and training arguments of a file; EMA weights where it has them. Never unpickles code.
 
@@ -138,8 +144,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     try:
         if path.endswith('.safetensors'):
             return safetensors.torch.load_file(path), {}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments so
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_checkpoint(path)
     except Exception as error:  # of pickle, zip, safetensors or the file system
         raise AikdError(
             f'--aikd-teacher {path}: not readable as weights, truncated, or more than tensors and plain containers, '

@@ -1,25 +1,15 @@
 """AI-KD as a training task of timm."""
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
-from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from . import AikdError, __version__
-from .aikd import Aikd
 from .config import AikdConfig
-from .indices import BatchIndices, obstacle
-from .memory import StoreMemory
-from .records import RecordFormat
-from .table import size_text
-
-_logger = logging.getLogger(__name__)
+from .run import AikdRun
 
 
 class AikdTask(ClassificationTask):
@@ -63,20 +53,8 @@ class AikdTask(ClassificationTask):
             **kwargs,
     ):
         super().__init__(model, criterion, *args, **kwargs)
-        student = unwrap_model(model)
-        num_classes = getattr(student, 'num_classes', None)
-        if num_classes is None:
-            raise AikdError('AI-KD: the student has no attribute num_classes: set it to the number of its classes')
-        binary = isinstance(self.criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss))
-        self.aikd = Aikd(
-            num_classes, teacher, config, epochs,
-            binary=binary, sum_classes=getattr(self.criterion, 'sum_classes', False),
-            criterion=self.criterion,
-            device=next(student.parameters()).device)
-        self.resume_folder: Path | None = None  # of the checkpoint that `load_task_state` is about to see
-        self._indices: BatchIndices | None = None
-        self._checkpoint_folder: Path | str | None = None
-        self._memory_chosen = self._started = False
+        self.run = AikdRun(unwrap_model(model), self.criterion, teacher, config, epochs, self.verbose)
+        self.aikd = self.run.aikd
 
     def forward(
             self,
@@ -96,117 +74,19 @@ class AikdTask(ClassificationTask):
             `kd_loss`, `adv_loss`, `disc_loss`.
         """
         output = self.trainable_module(input)
-        task_loss = self.criterion(output, target)
-        if index is not None:
-            index = np.asarray(index)
-        elif self._indices is not None:
-            index = self._indices.of_batch(len(output))
-        return {'output': output, **self.aikd(input, output, target, task_loss, index)}
-
-    def choose_memory(self, loader: Any, reason: str | None = None) -> None:
-        """Settle where the previous epoch's predictions come from, once; `begin_epoch` does it by itself.
-
-        Args:
-            loader: The training batches.
-            reason: Why the samples of a batch cannot be known, if that is so.
-
-        Raises:
-            AikdError: The memory is to be a store, and cannot be.
-        """
-        aikd, config = self.aikd, self.aikd.config
-        if self._memory_chosen or aikd.memory is None or isinstance(aikd.memory, StoreMemory):
-            return
-        self._memory_chosen = True
-        records = RecordFormat(
-            aikd.num_classes, None if config.memory_topk == 'auto' else config.memory_topk, aikd.binary)
-        if config.memory == 'snapshot':
-            return
-        reason = reason or obstacle(loader)
-        if reason is None:
-            try:
-                device = next(self.trainable_module.parameters()).device
-                memory = StoreMemory(records, len(loader.dataset), config.memory_dir, device)
-            except AikdError as error:
-                reason = str(error)
-        if reason is None:
-            self._indices = BatchIndices(loader)
-            aikd.use_memory(memory)
-        elif config.memory == 'store':
-            raise AikdError(f'--aikd-memory store: {reason}; use --aikd-memory snapshot')
-        if self.verbose:
-            _logger.info(
-                f'AI-KD: memory snapshot, which costs a forward a step; not store, because {reason}' if reason else
-                f'AI-KD: memory store, {memory.table.samples:,} samples with {records.describe()}, '
-                f'{size_text(memory.table.bytes)} a host in {memory.table.folder}')
+        return {'output': output, **self.run.loss(input, output, target, index)}
 
     def calibrate(self, batches) -> None:
         """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
-        fit = self.aikd.fit_teacher_temperature(batches)
-        if self.verbose:
-            _logger.info(
-                f'AI-KD: teacher top-1 {fit["top1"]:.2f} % on {fit["samples"]} validation images, '
-                f'T_c = {fit["temperature"]:.3f} fits them best')
+        self.run.calibrate(batches)
 
     def begin_epoch(self, epoch: int, loader: Any = None, checkpoint_folder: Path | str | None = None) -> None:
-        """Call before the first batch of an epoch.
-
-        Args:
-            epoch: From 0.
-            loader: The epoch's batches, for a store memory to know which samples they hold: in every epoch the same
-                ones at the same positions of its data set. Without a loader `auto` takes a snapshot.
-            checkpoint_folder: Where the primary rank saves a store memory at the end of the epoch; without it a
-                resume begins with an empty one.
-
-        Raises:
-            AikdError: The memory is to be a store, and cannot be.
-        """
-        self._checkpoint_folder = checkpoint_folder
-        if not self._started:
-            self.choose_memory(loader)
-            self._start()
-        elif self._indices is not None and loader is not None and loader is not self._indices.loader:
-            if len(loader.dataset) != self.aikd.memory.table.samples:
-                raise AikdError(
-                    f'--aikd-memory store: the loader of epoch {epoch} has {len(loader.dataset)} samples, the first '
-                    f'had {self.aikd.memory.table.samples}; train on one data set, or use --aikd-memory snapshot')
-            self._indices = BatchIndices(loader)
-        self.aikd.begin_epoch(epoch, unwrap_model(self.trainable_module))
+        """Call before the first batch of an epoch; see `AikdRun.begin_epoch`."""
+        self.run.begin_epoch(epoch, loader, checkpoint_folder)
 
     def end_epoch(self) -> dict[str, float]:
         """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
-        metrics = self.aikd.end_epoch()
-        self.aikd.save_memory(self._checkpoint_folder)
-        if self.verbose:
-            shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
-            _logger.info(f'AI-KD: epoch {self.aikd.epoch}: {shown}')
-        return metrics
-
-    def _start(self) -> None:
-        self._started = True
-        aikd, config = self.aikd, self.aikd.config
-        if aikd.needs_temperature and aikd.teacher is not None:
-            aikd.needs_temperature = False
-            if self.verbose:
-                _logger.warning('AI-KD: no validation images to fit T_c on: T_c = 1, the teacher stays as it is')
-        terms = []
-        if aikd.memory is not None:
-            if aikd.memory.kind == 'store' and self._checkpoint_folder is None and self.verbose:
-                _logger.warning(
-                    'AI-KD: no folder of checkpoints was given: the prediction memory is not saved, and after a resume '
-                    'the progressive term would pause for one epoch')
-            terms.append(
-                f'progressive (alpha to {config.alpha:g}, tau_p {config.progressive_temperature:g}, '
-                f'memory {aikd.memory.kind})')
-        if aikd.teacher is not None and config.kd_weight > 0:
-            terms.append(f'kd ({config.kd_weight:g}, tau {config.temperature:g})')
-        if aikd.discriminator is not None:
-            terms.append(f'adversarial ({config.adv_weight:g}, {config.adv_loss} on {config.disc_input})')
-        teacher = f'{aikd.teacher.name} at T_c {aikd.teacher.temperature:.3f}' if aikd.teacher is not None else 'none'
-        if self.verbose:
-            # a train.py inside a clone of timm imports the clone's timm, not the installed one
-            _logger.info(
-                f'AI-KD: teacher {teacher}; terms: {", ".join(terms) or "none, this is plain training"}; '
-                f'timm-aikd {__version__} on timm {timm.__version__} of {Path(timm.__file__).parent}')
+        return self.run.end_epoch()
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'AikdTask':
         """Wrap the student in DDP and give all ranks one discriminator."""
@@ -224,7 +104,7 @@ class AikdTask(ClassificationTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """AI-KD's state, once a checkpoint: EMA has none of its own."""
-        return {} if ema else {'aikd': self.aikd.get_state()}
+        return {} if ema else self.run.get_state()
 
     def load_task_state(
             self,
@@ -234,11 +114,5 @@ class AikdTask(ClassificationTask):
             ema: bool = False,
     ) -> None:
         """Continue from a checkpoint; from one without AI-KD everything starts fresh, and the log says so."""
-        if ema:
-            return
-        if not state or 'aikd' not in state:
-            _logger.warning('AI-KD: the checkpoint is of a run without AI-KD: D, T_c and a store memory start fresh')
-            return
-        self.aikd.load_state(state['aikd'], [self.resume_folder] if self.resume_folder else [])
-
-
+        if not ema:
+            self.run.load_state(state)
