@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_aikd import Aikd, AikdConfig, AikdError, RecordFormat, SnapshotMemory, StoreMemory, memory
 from timm_aikd.records import stamp_at
@@ -425,6 +426,39 @@ def test_samples_without_a_row_keep_exactly_their_task_loss(binary, smoothing):
     torch.testing.assert_close(result['loss'], expected, rtol=1e-5, atol=0)
     gradients = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (result['loss'], expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+class Synchronising(TorchDispatchMode):
+    """Fails on operators for which a host waits for its device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        waits = name in ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::equal', 'aten::masked_select',
+                         'aten::is_nonzero', 'aten::unique_consecutive', 'aten::_unique2')
+        masks = name in ('aten::index', 'aten::index_put_') and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1])
+        assert not waits and not masks, name
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('classes, topk', [(5, None), (40, 6)])
+def test_no_operator_of_a_step_waits_for_the_device(tiny_net, classes, topk):
+    """All terms with a store, samples without a row among them; the chance test, once a run, is not of a step."""
+    # AdamW counts its steps in a tensor on the host, which it reads
+    config = AikdConfig(teacher='given', teacher_temperature=1., memory='store', disc_hidden=(8,), disc_opt='sgd')
+    net = tiny_net(classes)
+    aikd = Aikd(classes, tiny_net(classes), config, epochs=3)
+    aikd.use_memory(store(classes=classes, topk=topk))
+    x, y = torch.randn(4, 4), torch.randint(0, classes, (4,))
+    for epoch in range(3):
+        aikd.begin_epoch(epoch, net)
+        with Synchronising():
+            z = net(x)
+            index = np.array([epoch, 7, 5, 11])
+            aikd(x, z, y, F.cross_entropy(z, y), index)['loss'].backward()
+        aikd.end_epoch()
+    with pytest.raises(AssertionError, match='_local_scalar_dense'), Synchronising():
+        x.sum().item()
 
 
 def test_a_store_that_nobody_gave_is_an_error(tiny_net):
