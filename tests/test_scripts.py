@@ -262,6 +262,32 @@ def test_a_teacher_with_the_wrong_class_order_stops_the_run(image_folder, phase1
     assert 'no better than chance' in line and 'wrong class order' in line
 
 
+def test_a_teacher_follows_a_shuffled_class_order(train_script, image_folder, phase1, tmp_path):
+    from timm.models import save_for_hf
+
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=phase1 / 'model_best.pth.tar')
+    save_for_hf(model, tmp_path / 'teacher', safe_serialization=True, model_config={
+        'label_names': ['class0', 'class1', 'class2']})
+    (tmp_path / 'classes.txt').write_text('class2\nclass0\nclass1\n')
+    done = run(*command(
+        train_script, image_folder, tmp_path, 'student', *aikd(f'local-dir:{tmp_path}/teacher'), '--class-map',
+        tmp_path / 'classes.txt', '--epochs', '1'))
+    log, best = done.stdout + done.stderr, max(float(row['eval_top1']) for row in summary(phase1))
+    assert 'reordered by name' in log and f'AI-KD: teacher top-1 {best:.2f} %' in log and best > 60
+
+
+def test_an_imagenet_teacher_of_a_part_of_its_classes(train_script, image_folder, tmp_path):
+    """Folders named by WordNet ids, as those of Imagenette; a teacher with the 1,000 classes of ImageNet."""
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        for number, name in enumerate(('n01440764', 'n02102040', 'n02979186')):
+            (tmp_path / 'data' / split / name).symlink_to(image_folder / split / f'class{number}')
+    torch.save(timm.create_model('test_resnet', num_classes=1000).state_dict(), tmp_path / 'imagenet.pth')
+    done = run(*command(train_script, tmp_path / 'data', tmp_path, 'student', *aikd(tmp_path / 'imagenet.pth')))
+    assert 'AI-KD: the student learns 3 of 1000 classes of the teacher' in done.stdout + done.stderr
+    assert float(summary(tmp_path / 'student')[1]['train_aikd_kd']) > 0
+
+
 def test_no_step_taken_is_an_error(train_script, image_folder, phase1, tmp_path):
     line = failure(*command(
         train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--resume', phase1 / 'last.pth.tar'))

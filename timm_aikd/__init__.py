@@ -9,6 +9,7 @@ The files, in reading order:
     table          one table of records a host
     memory         the student's predictions of the previous epoch: a snapshot of it, or such a table
     source         a teacher spec (Hub id, folder, file, timm model name) -> a model with its own weights
+    classes        which of its outputs are the student's classes
     teacher        that model frozen, checked against the student and fed as it was trained
     calibration    temperature scaling, ECE, AURC
     config         every option, once

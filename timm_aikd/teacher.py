@@ -1,7 +1,6 @@
 """The teacher: frozen, checked against the student, fed as it was trained, answering with calibrated logits."""
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ from timm.data.loader import adapt_to_chs
 from timm.utils import unwrap_model
 
 from . import AikdError
+from .classes import match_classes
 from .source import from_file, from_timm, parse_spec
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Teacher(nn.Module):
         scale: Together with `shift` turns the student's normalised input into the model's, `x * scale + shift`,
             [1, channels, 1, 1]; None where both are normalised alike.
         shift: See `scale`.
-        columns: For each of the student's classes, the model's class [C]; None where the order is the same.
+        columns: For each of the student's classes, the model's class [C]; None where they are the same.
         size: (height, width) the batch is resized to; None takes it as it comes.
         dtype: Run in this dtype, outside autocast; None runs as the student does.
         temperature: T_c, a number > 0: logits are divided by it; above 1 the teacher becomes less sure.
@@ -97,8 +97,8 @@ def load_teacher(
 ) -> Teacher | None:
     """Load the teacher that a spec names and fit it to the student.
 
-    The teacher keeps its own classes and channels, which must then match the student's. The global random streams
-    are not touched.
+    The teacher keeps its own classes and channels: the channels must be the student's, and among the classes must be
+    the student's, whose outputs are then picked. The global random streams are not touched.
 
     Args:
         spec: One of the forms of `--aikd-teacher`.
@@ -126,8 +126,9 @@ def load_teacher(
         else:
             model, config = from_timm(kind, value, spec)
     model.eval()
-    _check_shape(spec, model, student)
-    columns = _match_classes(spec, model, class_names)
+    _check_channels(spec, model, student)
+    columns = match_classes(
+        spec, model.pretrained_cfg, model.num_classes, student.num_classes, class_names, is_published=kind != 'file')
     weight = next(student.parameters())
     scale, shift = _renormalisation(student, mean, std, config, getattr(model, 'in_chans', 3))
     return Teacher(
@@ -135,7 +136,7 @@ def load_teacher(
         name=spec,
         scale=scale,
         shift=shift,
-        columns=columns,
+        columns=None if columns is None else torch.tensor(columns),
         size=_fixed_size(model, config),
         dtype=None if dtype == 'auto' else getattr(torch, dtype),
     ).to(weight.device)
@@ -152,37 +153,12 @@ def better_than_chance(correct: int, count: int, num_classes: int) -> bool:
     return sum(map(math.exp, log_tail)) < _CHANCE_LEVEL
 
 
-def _check_shape(spec: str, model: nn.Module, student: nn.Module) -> None:
-    for attribute, what in (('num_classes', 'classes'), ('in_chans', 'input channels')):
-        ours, theirs = getattr(student, attribute, None), getattr(model, attribute, None)
-        if None not in (ours, theirs) and ours != theirs:
-            raise AikdError(
-                f'--aikd-teacher {spec}: has {theirs} {what}, the student has {ours}; '
-                f'they must be the same: train or choose a teacher for this data set')
-
-
-def _match_classes(spec: str, model: nn.Module, class_names: Sequence[str] | None) -> torch.Tensor | None:
-    """Column of each of the student's classes in the teacher's logits; None where the order is the same or unknown."""
-    names = model.pretrained_cfg.get('label_names')
-    if isinstance(names, dict):
-        names = [names.get(str(i), names.get(i)) for i in range(model.num_classes)]
-    if not names or class_names is None:
-        return None
-    ours, theirs = list(class_names), list(names)
-    if ours == theirs:
-        return None
-    if set(ours).isdisjoint(theirs):
-        _logger.warning(
-            f'AI-KD: the teacher names its classes otherwise ({theirs[0]!r}) than the data set ({ours[0]!r}): '
-            f'the same order is assumed, and its top-1 will be tested')
-        return None
-    if Counter(ours) != Counter(theirs):
-        odd = next(iter((Counter(ours) - Counter(theirs)) or (Counter(theirs) - Counter(ours))))
+def _check_channels(spec: str, model: nn.Module, student: nn.Module) -> None:
+    ours, theirs = (getattr(module, 'in_chans', None) for module in (student, model))
+    if None not in (ours, theirs) and ours != theirs:
         raise AikdError(
-            f'--aikd-teacher {spec}: other classes than the data set, {odd!r} is known to one side only: '
-            f'train or choose a teacher for this data set')
-    _logger.info('AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
-    return torch.tensor([theirs.index(name) for name in ours])
+            f'--aikd-teacher {spec}: has {theirs} input channels, the student has {ours}; they must be the same: train '
+            f'or choose a teacher for this data set')
 
 
 def _renormalisation(

@@ -1,0 +1,114 @@
+"""Which of the teacher's outputs are the student's classes, told by their names."""
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from . import AikdError
+
+_logger = logging.getLogger(__name__)
+
+
+def match_classes(
+        teacher: str,
+        config: dict[str, Any],
+        teacher_classes: int,
+        student_classes: int,
+        class_names: Sequence[str] | None,
+        is_published: bool = True,
+) -> list[int] | None:
+    """For each of the student's classes the teacher's output; None where they are the same ones in the same order.
+
+    The student's classes may be a part of the teacher's. They are looked for among the names in the teacher's config
+    and, where it has as many classes as a subset of ImageNet, among timm's names of these: WordNet ids, and words as
+    far as they name one class only. Where a side does not tell its names, or not one is common, equal numbers of
+    classes are taken for the same classes in the same order.
+
+    Args:
+        teacher: What to call the teacher in messages.
+        config: Its `pretrained_cfg`.
+        teacher_classes: Its number of outputs.
+        student_classes: The student's.
+        class_names: Names of the student's classes in the order of its outputs, where they are known.
+        is_published: Whether it is a model of timm or the Hub; the weights of a run may have an order of their own, so
+            that of ImageNet is only taken for theirs where there is no other way to tell.
+
+    Raises:
+        AikdError: Some of the student's classes are not the teacher's, or cannot be told.
+    """
+    ours = list(class_names) if class_names is not None and len(class_names) == student_classes else None
+    common = 0
+    may_guess = is_published or teacher_classes != student_classes
+    for theirs in _namings(config, teacher_classes, may_guess) if ours is not None else ():
+        columns = [theirs[name] for name in map(_plain, ours) if name in theirs]
+        if len(columns) == len(set(columns)) == len(ours):
+            if columns == list(range(teacher_classes)):
+                return None
+            _logger.info(
+                f'AI-KD: the student learns {len(ours)} of {teacher_classes} classes of the teacher, found by name'
+                if len(ours) < teacher_classes else
+                'AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
+            return columns
+        common = max(common, len(columns))
+    names = _names(config, teacher_classes)
+    if teacher_classes == student_classes and (ours is None or not names or common == 0):
+        assumed = 'the same order is assumed, and the teacher\'s top-1 will be tested'
+        if ours is not None and names:
+            _logger.warning(
+                f'AI-KD: the teacher names its classes otherwise ({names[0]!r}) than the data set ({ours[0]!r}): '
+                f'{assumed}')
+        else:
+            _logger.info(f'AI-KD: the classes of teacher and data set cannot be compared by name: {assumed}')
+        return None
+    raise AikdError(
+        f'--aikd-teacher {teacher}: has {teacher_classes} classes, the student has {student_classes}; '
+        f'{_difference(ours, names)}: train or choose a teacher of these classes, or name them as it does (folders, '
+        f'--class-map)')
+
+
+def _difference(ours: list[str] | None, theirs: list[str]) -> str:
+    if ours is None:
+        return 'the data set does not tell the names of its classes'
+    if not theirs:
+        return f'the teacher does not tell the names of its classes, among which {ours[0]!r} would be looked for'
+    odd = [name for name in ours if _plain(name) not in set(map(_plain, theirs))]
+    shown = (odd or [name for name, count in Counter(ours).items() if count > 1] or ours)[0]
+    return f'the data set\'s {shown!r} is none of the teacher\'s ({theirs[0]!r}, ...)'
+
+
+def _names(config: dict[str, Any], classes: int) -> list[str]:
+    """Class names in a teacher's config, in order; empty where it has none."""
+    names = config.get('label_names') or []
+    if isinstance(names, dict):
+        names = [names.get(str(i), names.get(i)) for i in range(classes)]
+    return list(names)
+
+
+def _namings(config: dict[str, Any], classes: int, may_guess: bool) -> Iterator[dict[str, int]]:
+    """Ways to name the teacher's classes, each a table from name to output."""
+    names, words = _names(config, classes), config.get('label_descriptions') or {}
+    if names:
+        yield _table([[name] for name in names])
+        if isinstance(words, dict):
+            yield _table([str(words.get(name, '')).split(',') for name in names])
+    subset = infer_imagenet_subset({'num_classes': classes})
+    if subset is not None and (names or may_guess):
+        info = ImageNetInfo(subset)
+        ids = info.label_names()
+        if not names:
+            yield _table([[name] for name in ids])
+        if not names or list(map(_plain, names)) == list(map(_plain, ids)):
+            yield _table([info.index_to_description(i).split(',') for i in range(classes)])
+
+
+def _table(names: list[list[str]]) -> dict[str, int]:
+    """Name -> output; a name that several outputs have is left out."""
+    pairs = {(_plain(name), output) for output, group in enumerate(names) for name in group if name.strip()}
+    count = Counter(name for name, _ in pairs)
+    return {name: output for name, output in pairs if count[name] == 1}
+
+
+def _plain(name: str) -> str:
+    return ' '.join(str(name).lower().replace('_', ' ').split())
