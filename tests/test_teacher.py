@@ -542,6 +542,22 @@ def test_a_part_of_the_teachers_classes(folder, student):
     torch.testing.assert_close(teacher(batch()), model(batch())[:, [2, 1, 5, 3, 4]])
 
 
+def test_a_size_of_its_own(folder):
+    """A convolutional teacher runs at the size given, one with a fixed size at that alone."""
+    model = timm.create_model('test_resnet', num_classes=5).eval()
+    torch.save(model.state_dict(), 'resnet.pth')
+    teacher = load_teacher('resnet.pth', student=model, default_model_name='test_resnet', size=48)
+    x = torch.randn(2, 3, 32, 32)
+    larger = torch.nn.functional.interpolate(x, (48, 48), mode='bicubic', antialias=True)
+    torch.testing.assert_close(teacher(x), model(larger))
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=5, depth=1)
+    save_for_hf(vit, 'vit', safe_serialization=True, model_args={'depth': 1})
+    assert load_teacher('local-dir:vit', student=model, size=224).size == (224, 224)
+    with pytest.raises(AikdError) as error:
+        load_teacher('local-dir:vit', student=model, size=96)
+    assert_one_line(error.value, 'local-dir:vit', '--aikd-teacher-size 96', 'takes 224 x 224 pixels only')
+
+
 def test_names_of_another_vocabulary_are_ignored_with_a_warning(folder, student, caplog):
     with caplog.at_level(logging.WARNING):
         model, teacher = named_teacher(['n01', 'n02', 'n03', 'n04', 'n05'], CLASSES, student)

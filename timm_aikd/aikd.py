@@ -22,7 +22,7 @@ from .teacher import Teacher, better_than_chance
 _logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-_SAME_TEACHER = ('teacher', 'teacher_model', 'teacher_dtype')  # or its T_c is fitted anew
+_SAME_TEACHER = ('teacher', 'teacher_model', 'teacher_dtype', 'teacher_size')  # or its T_c is fitted anew
 _SAME_DISCRIMINATOR = ('adv_loss', 'disc_input', 'disc_hidden', 'disc_opt')  # or it starts fresh
 _CHANCE_SAMPLES = 1024  # training samples, over all ranks, after which the teacher's top-1 is tested
 

@@ -34,6 +34,9 @@ class AikdConfig:
     teacher_dtype: str = _option(
         'auto', 'precision the teacher runs in; auto: as the student',
         choices=('auto', 'float32', 'bfloat16', 'float16'))
+    teacher_size: int | None = _option(
+        None, 'height and width in pixels that the teacher\'s input is resized to (default: as the student\'s, or what '
+        'a teacher of a fixed size insists on)', type=int, low=1, high=8192, metavar='PIXELS')
     teacher_temperature: float | str = _option(
         'auto', 'T_c, divides the teacher\'s logits: below 1 makes it surer, above 1 less sure; auto: fitted on at '
         'most 2,048 validation images before training, 1 without a validation split',

@@ -215,6 +215,7 @@ class _Script:
             model_name=config.teacher_model,
             default_model_name=self.args.model,
             dtype=config.teacher_dtype,
+            size=config.teacher_size,
             mean=data_config['mean'],
             std=data_config['std'],
             class_names=self.class_names,

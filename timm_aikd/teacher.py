@@ -91,6 +91,7 @@ def load_teacher(
         model_name: str | None = None,
         default_model_name: str | None = None,
         dtype: str = 'auto',
+        size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
@@ -106,6 +107,7 @@ def load_teacher(
         model_name: Architecture of a weights file, over the one that is stored in it.
         default_model_name: Architecture of a weights file that stores none.
         dtype: 'auto' (as the student), 'float32', 'bfloat16' or 'float16'.
+        size: Height and width that the input is resized to; None: as it comes, or the teacher's fixed size.
         mean: What the student's input is normalised with, one value a channel (default: the student's config).
         std: See `mean`.
         class_names: The student's class names in the order of its outputs, where they are known.
@@ -137,7 +139,7 @@ def load_teacher(
         scale=scale,
         shift=shift,
         columns=None if columns is None else torch.tensor(columns),
-        size=_fixed_size(model, config),
+        size=_input_size(spec, model, config, size),
         dtype=None if dtype == 'auto' else getattr(torch, dtype),
     ).to(weight.device)
 
@@ -183,6 +185,18 @@ def _renormalisation(
     if torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t):
         return None, None
     return (std_s / std_t).float(), ((mean_s - mean_t) / std_t).float()
+
+
+def _input_size(spec: str, model: nn.Module, config: dict[str, Any] | None, size: int | None) -> tuple[int, int] | None:
+    """(height, width) that the input is resized to, None where it is taken as it comes."""
+    fixed = _fixed_size(model, config)
+    if size is None:
+        return fixed
+    if fixed is not None and getattr(model.patch_embed, 'strict_img_size', None) and (size, size) != fixed:
+        raise AikdError(
+            f'--aikd-teacher-size {size}: the teacher {spec} takes {fixed[0]} x {fixed[1]} pixels only: leave the size '
+            f'out')
+    return size, size
 
 
 def _fixed_size(model: nn.Module, config: dict[str, Any] | None) -> tuple[int, int] | None:
