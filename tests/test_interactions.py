@@ -37,6 +37,7 @@ class Recording:
     steps: list[dict]
     rows: list[dict[str, str]]
     log: str
+    files: list[str]  # of the memory
     graphs: list[int]  # compiled so far, at the begin of each epoch and at the end
 
 
@@ -61,6 +62,9 @@ class Twin:
     def __init__(self):
         self.steps: list[dict] = []
         self.past, self.kept, self.graphs = None, {}, []
+        self.seen: list[torch.Tensor] = []  # what the student was given last
+        self.expected: list[float] = []
+        self.backward: list[float] = []  # of what the script took the gradient
 
     def begin(self, run: AikdRun, epoch: int) -> None:
         self.epoch = epoch
@@ -105,12 +109,21 @@ class Twin:
             adv = -torch.log(torch.sigmoid(aikd.discriminator(vector))).mean()
         adv_weight = config.adv_weight * (min(self.epoch / config.adv_warmup, 1) if config.adv_warmup else 1)
         expected = (1 - alpha) * task + alpha * progressive + config.kd_weight * kd + adv_weight * adv
+        assert not self.seen or input is self.seen[0], 'another batch than the student\'s'
+        self.expected.append(expected.item())
         exact = output.dtype == torch.float32
         torch.testing.assert_close(
             result['loss'].float(), expected.float(), rtol=1e-3 if exact else 2e-2, atol=1e-3 if exact else 1e-2)
         self.steps.append({
             'epoch': self.epoch, 'size': len(z), 'image': input.shape[-1], 'channels': input.shape[1],
             'soft': target.ndim == 2, 'dtype': input.dtype, 'output': output.dtype, 'target': target})
+
+
+    def check_backward(self) -> None:
+        """The script took the gradient of these losses, each divided by its number of accumulated batches."""
+        assert len(self.backward) == len(self.expected) > 0
+        for ours, expected in zip(self.backward, self.expected, strict=True):
+            assert any(ours * batches == pytest.approx(expected, rel=3e-2, abs=1e-2) for batches in (1, 2, 4))
 
 
 def load(path: Path):
@@ -132,15 +145,26 @@ def drive(script: Path, words: list, monkeypatch, caplog, twin: Twin | None = No
 
     def begin_epoch(self, epoch, *args, **kwargs):
         AikdRun_begin(self, epoch, *args, **kwargs)
-        runs[:] = [self]
         if twin is not None:
             twin.begin(self, epoch)
+            if not runs and '--torchcompile' not in words:  # a hook would be compiled
+                self.student.register_forward_pre_hook(
+                    lambda module, args: twin.seen.__setitem__(slice(None), args) if module.training else None)
+        runs[:] = [self]
+
+    def backward(self, *args, **kwargs):
+        if twin is not None:
+            twin.backward.append(self.item())
+        Tensor_backward(self, *args, **kwargs)
+
+    Tensor_backward = torch.Tensor.backward
 
     AikdRun_loss, AikdRun_begin = AikdRun.loss, AikdRun.begin_epoch
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patched:
         patched.setattr(AikdRun, 'loss', loss)
         patched.setattr(AikdRun, 'begin_epoch', begin_epoch)
+        patched.setattr(torch.Tensor, 'backward', backward)
         patched.setattr(sys, 'argv', [str(script), *map(str, words)])
         root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
         hook, globals_ = sys.excepthook, {}
@@ -208,6 +232,9 @@ ROWS = [
         'output', torch.float16))),
     Row('`--model-dtype bfloat16`', '--model-dtype bfloat16', AMP, check=both(d_is_float32, all_steps(
         'dtype', torch.bfloat16), lambda seen: next(seen.run.aikd.teacher.model.parameters()).dtype == torch.bfloat16)),
+    Row('', '--amp --amp-dtype bfloat16 --aikd-memory snapshot', check=kind('snapshot')),
+    Row('', '--model-dtype bfloat16 --aikd-memory snapshot', check=lambda seen: next(
+        seen.run.aikd.memory.model.parameters()).dtype == torch.bfloat16),
     Row('`--aikd-teacher-dtype`', '--aikd-teacher-dtype bfloat16', check=lambda seen: next(
         seen.run.aikd.teacher.model.parameters()).dtype == torch.bfloat16),
     # batches
@@ -236,11 +263,15 @@ ROWS = [
     # model
     Row('vision transformers, drop path', '--model test_vit --img-size 32 --drop-path 0.2',
         'a teacher of a fixed size gets the batch resized'),
-    Row('`--drop`', '--drop 0.3', 'teacher and snapshot run without'),
+    Row('`--drop`', '--drop 0.3 --aikd-memory snapshot', 'teacher and snapshot run without'),
     Row('`--channels-last`', '--channels-last'),
-    Row('`--split-bn`', '--split-bn --resplit --reprob 0.5', 'teacher and snapshot use the main statistics',
-        only='--split-bn'),
-    Row('`--grad-checkpointing`', '--grad-checkpointing', 'not in teacher and snapshot, which need no backward'),
+    Row('', '--channels-last --aikd-memory snapshot'),
+    Row('`--split-bn`', '--split-bn --resplit --reprob 0.5 --aikd-memory snapshot',
+        'teacher and snapshot use the main statistics', only='--split-bn'),
+    Row('`--grad-checkpointing`', '--grad-checkpointing --aikd-memory snapshot',
+        'not in teacher and snapshot, which need no backward',
+        check=lambda seen: [model.grad_checkpointing for model in (
+            seen.run.student, seen.run.aikd.memory.model, seen.run.aikd.teacher.model)] == [True, False, False]),
     Row('`--head-init-scale`, `--head-init-bias`', '--head-init-scale 0.1 --head-init-bias -2'),
     Row('one input channel', '--in-chans 1 --input-size 1 32 32 --mean 0.4 --std 0.3', 'the teacher must have as many',
         data='L', check=all_steps('channels', 1)),
@@ -267,7 +298,9 @@ ROWS = [
     Row('`--warmup-prefix`, `--cooldown-epochs`', '--epochs 2 --warmup-epochs 1 --warmup-prefix --cooldown-epochs 1',
         'alpha grows over all of them', check=lambda seen: seen.run.aikd.epochs == 4 and len(seen.rows) == 4),
     Row('`--val-interval`', '--val-interval 2 --epochs 4', 'the store keeps the file that the last checkpoint names',
-        check=lambda seen: len(seen.rows) == 2, only='--val-interval'),
+        check=lambda seen: len(seen.rows) == 2 and seen.files == ['aikd-memory-1.safetensors',
+                                                                  'aikd-memory-3.safetensors'],
+        only='--val-interval'),
     Row("`--val-split ''`", "--val-split ''", 'T_c is 1 unless given, and no eval columns',
         check=lambda seen: 'eval_ece' not in seen.rows[0] and 'T_c = 1' in seen.log),
     Row('`--start-epoch`', '--start-epoch 1', 'the store begins empty: the term pauses for one epoch',
@@ -369,8 +402,10 @@ def test_row(row, name, image_folder, teachers, tmp_path, monkeypatch, caplog, c
     run = drive(script, command, monkeypatch, caplog, twin)
     with open(tmp_path / 'run/summary.csv') as file:
         rows = list(csv.DictReader(file))
-    assert twin.steps and 'train_aikd_kd' in rows[-1]
-    assert row.check(Recording(run, twin.steps, rows, caplog.text, [*twin.graphs, compiled_graphs()]))
+    twin.check_backward()
+    assert 'train_aikd_kd' in rows[-1]
+    files = sorted(path.name for path in (tmp_path / 'run').glob('aikd-memory-*'))
+    assert row.check(Recording(run, twin.steps, rows, caplog.text, files, [*twin.graphs, compiled_graphs()]))
 
 
 def interactions_table() -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from timm.data import FastCollateMixup, create_loader
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
@@ -160,12 +161,14 @@ def test_a_script_without_tasks(tmp_path, caplog, wrap):
             saver = CheckpointSaver(
                 model, optimizer, args=parsed, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
             criterion = nn.CrossEntropyLoss()
+            before = [p.clone() for p in model.parameters()]
             for epoch in (2,) if resume else (0, 1):
                 metrics = script.globals['train_one_epoch'](
                     epoch, model, loader, optimizer, criterion, parsed, saver=saver, output_dir=str(tmp_path))
                 saver.save_checkpoint(epoch, metric=float(epoch))
             saver.save_recovery(epoch)
             assert not model._forward_pre_hooks and torch.save is torch_save
+            assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         saved = torch.load(tmp_path / 'last.pth.tar', weights_only=False)
         recovery, = (torch.load(path, weights_only=False) for path in tmp_path.glob(f'recovery-{epoch}-*'))
         assert recovery['task_state']['aikd']['epoch'] == epoch
@@ -175,6 +178,38 @@ def test_a_script_without_tasks(tmp_path, caplog, wrap):
     steps = [state['discriminator']['optimizer']['state'][0]['step'].item() for state in states]
     assert steps == [12, 18] and 'prediction memory of epoch 1 restored, 24 samples' in caplog.text
     assert saved['state_dict'].keys() == ImageNet3().state_dict().keys()
+
+
+def test_a_script_without_tasks_has_the_loss_of_each_batch():
+    """kd alone, a teacher that looks at the images: the loss handed to the script is that of the batch at hand."""
+    losses = []
+
+    def train(epoch, model, loader, optimizer, loss_fn, args, saver=None):
+        for input, target in loader:
+            output = model(input)
+            loss = loss_fn(output, target)
+            soft = (teacher(input) / 2).softmax(-1)
+            kd = nn.functional.kl_div((output / 2).log_softmax(-1), soft, reduction='batchmean')
+            losses.append((loss.item(), (nn.functional.cross_entropy(output, target) + 4 * kd).item()))
+        return OrderedDict(loss=1.)
+
+    with Script(**{**WITHOUT_TASKS, 'train_one_epoch': train}) as script:
+        parsed, teacher = args(script, '--aikd-alpha', '0', '--aikd-adv-weight', '0'), ImageNet3()
+        bound = patch._patched[id(script.globals)]
+        bound.config = replace(bound.config, teacher='given', teacher_temperature=1.)
+        bound._teacher = lambda *_: teacher
+        script.globals['train_one_epoch'](0, ImageNet3(), image_loader(script), None, nn.CrossEntropyLoss(), parsed)
+    assert len(losses) == 6 and len({loss for loss, _ in losses}) == 6
+    assert all(loss == pytest.approx(expected, rel=1e-5) for loss, expected in losses)
+
+
+def test_a_misfit_is_found_before_training_in_a_script_without_tasks(tmp_path):
+    with Script(**WITHOUT_TASKS, create_optimizer_v2=create_optimizer_v2) as script:
+        torch.save(ImageNet3().state_dict(), tmp_path / 'teacher.pth')
+        script.parse('--aikd', '--aikd-teacher', str(tmp_path / 'teacher.pth'))
+        script.globals['create_optimizer_v2'](ImageNet3(), opt='sgd', lr=0.1)
+        with pytest.raises(AikdError, match='these weights are not those of a test_resnet'):
+            image_loader(script)
 
 
 def test_a_plain_checkpoint_resumes_without_tasks(tmp_path, caplog):

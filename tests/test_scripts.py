@@ -247,8 +247,8 @@ def failure(*words, code=1, **env):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_late_errors_end_in_one_line_and_harm_nothing(image_folder, phase1, tmp_path):
-    script = training_scripts()['examples']
+def test_late_errors_end_in_one_line_and_harm_nothing(train_script, image_folder, phase1, tmp_path):
+    script = train_script
     line = failure(*command(script, image_folder, tmp_path, 'student', *aikd(phase1), '--num-classes', '7'))
     assert line.startswith('error: --aikd-teacher') and 'has 3 classes, the student has 7' in line
     assert not (tmp_path / 'student').exists()

@@ -16,6 +16,7 @@ _CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ('aug_splits', '--aug-splits', lambda x: x > 0, 'leave the splits out'),
     ('torchscript', '--torchscript', bool, 'use --torchcompile'),
     ('naflex_loader', '--naflex-loader', bool, 'use a model and loader of fixed-size images'),
+    ('amp_impl', '--amp-impl', lambda x: x == 'apex', 'use --amp-impl native: the discriminator must stay in float32'),
     ('task', '--task', lambda x: 'multi' in str(x), 'AI-KD is for single-label classification'),
 )
 

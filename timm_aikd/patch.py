@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ TASK_SEAMS: _Seams = {
     **_EITHER,
 }
 # Scripts without tasks call loss_fn(model(input), target).
-LOSS_SEAMS: _Seams = {'train_one_epoch': ({'epoch', 'model', 'loader', 'loss_fn', 'saver'}, False), **_EITHER}
+LOSS_SEAMS: _Seams = {
+    'train_one_epoch': ({'epoch', 'model', 'loader', 'loss_fn', 'saver'}, False),
+    'create_optimizer_v2': (set(), True),  # to see the model, so that a misfit is found before anything is written
+    **_EITHER,
+}
 
 _CALIBRATION_IMAGES = 2048
 
@@ -128,10 +132,11 @@ class _Script:
         self.script, self.args, self.config = script, args, config
         self.task = None  # in a script with tasks
         self.run = None  # what the task holds, or takes its place
+        self.model = self.teacher = None  # in a script without tasks
         self.loader = None  # of the training images
         self.class_names: list[str] | None = None
         self.validation: tuple[tuple, dict[str, Any]] | None = None  # how the script made its validation loader
-        self.failed = False
+        self.failed = self.interrupted = False
         seams = _seams(script)
         self.has_tasks = seams is TASK_SEAMS
         self.original = {name: script[name] for name in seams if name in script}
@@ -170,12 +175,20 @@ class _Script:
             if self.task is None or arguments.get('task') is not self.task:
                 raise AikdError(
                     f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
-            return self._epoch(bound)
-        if self.run is None:
+        elif self.run is None:
             self._run_without_task(arguments)
-        with _last_input(arguments['model']) as inputs:
-            arguments['loss_fn'] = lambda output, target: self.run.loss(inputs[-1], output, target)['loss']
-            return self._epoch(bound)
+        with _last_input(arguments['model']) if not self.has_tasks else nullcontext() as inputs:
+            if not self.has_tasks:
+                arguments['loss_fn'] = lambda output, target: self.run.loss(inputs[-1], output, target)['loss']
+            try:
+                return self._epoch(bound)
+            except KeyboardInterrupt:
+                self.interrupted = True  # the script ends as it likes
+                raise
+
+    def create_optimizer_v2(self, *args, **kwargs):
+        self.model = next(iter((*args, *kwargs.values())), None)
+        return self.original['create_optimizer_v2'](*args, **kwargs)
 
     def _epoch(self, bound: inspect.BoundArguments):
         """The script's epoch between the begin and the end of ours."""
@@ -197,6 +210,10 @@ class _Script:
             raise AikdError(f'--aikd: an epoch ended without one AI-KD step; supported is {SUPPORTED}')
         metrics.update((f'aikd_{name}', value) for name, value in run.end_epoch().items())
         return metrics
+
+    @property
+    def _is_primary(self) -> bool:
+        return getattr(self.args, 'rank', 0) == 0
 
     def _teacher(self, student, verbose: bool):
         from timm.data import resolve_data_config
@@ -240,9 +257,11 @@ class _Script:
         from .source import load_checkpoint
 
         args, student = self.args, unwrap_model(arguments['model'])
-        verbose = getattr(args, 'rank', 0) == 0
-        teacher = self._teacher(student, verbose)
-        run = AikdRun(student, arguments['loss_fn'], teacher, self.config, scheduled_epochs(args), verbose)
+        student = getattr(student, '_orig_mod', student)  # unwrap_model of timm 0.9 does not look into compiled models
+        if self.teacher is None:
+            self.teacher = self._teacher(student, self._is_primary)
+        run = AikdRun(
+            student, arguments['loss_fn'], self.teacher, self.config, scheduled_epochs(args), self._is_primary)
         if getattr(args, 'torchcompile', None):
             run.aikd.compile(backend=args.torchcompile, mode=getattr(args, 'torchcompile_mode', None))
         if is_distributed() and run.aikd.discriminator is not None:
@@ -265,6 +284,8 @@ class _Script:
         if arguments.get('is_training'):
             self.loader = loader
             self.class_names = _class_names(arguments['dataset'])
+            if self.model is not None and self.teacher is None:
+                self.teacher = self._teacher(self.model, self._is_primary)
         else:
             self.validation = args, kwargs
         return loader
@@ -293,10 +314,14 @@ class _Script:
         """The script's own loader over validation images spread evenly: many data sets lie class by class."""
         from torch.utils.data import IterableDataset, Subset
 
+        from .ranks import world_size
+
         args, kwargs = self.validation
         bound = inspect.signature(self.original['create_loader']).bind(*args, **kwargs)
         dataset, left = bound.arguments['dataset'], _CALIBRATION_IMAGES
-        if not isinstance(dataset, IterableDataset) and len(dataset) > left:
+        if isinstance(dataset, IterableDataset):
+            left = math.ceil(left / world_size())
+        elif len(dataset) > left:
             bound.arguments['dataset'] = Subset(dataset, [i * len(dataset) // left for i in range(left)])
         bound.arguments['persistent_workers'] = False
         for input, target in self.original['create_loader'](*bound.args, **bound.kwargs):
@@ -318,7 +343,7 @@ class _Script:
             self.excepthook(kind, error, traceback)
 
     def _check_steps(self) -> None:
-        if self.failed or (self.run is not None and self.run.aikd.steps > 0):
+        if self.failed or self.interrupted or (self.run is not None and self.run.aikd.steps > 0):
             return
         print(
             'error: --aikd was given, but no AI-KD step was ever taken: no epoch was left to train, or the script does '
