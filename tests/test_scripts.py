@@ -308,13 +308,22 @@ def test_hub_teacher_online_pinned_and_from_the_cache(train_script, image_folder
     model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=phase1 / 'model_best.pth.tar')
     save_for_hf(model, tmp_path / 'repo', safe_serialization=True)
     with HubServer() as hub:
-        hub.add('org/teacher', tmp_path / 'repo')
+        commit = hub.add('org/teacher', tmp_path / 'repo')
         hub.add('org/teacher', tmp_path / 'repo', revision='v1')
         online = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'cache'), HF_HUB_DISABLE_XET='1')
         for name, spec in (('first', 'hf-hub:org/teacher'), ('pinned', 'hf-hub:org/teacher@v1')):
             words = command(train_script, image_folder, tmp_path, name, '--epochs', '1')
             run(*words, *aikd(spec), **online)
             assert float(summary(tmp_path / name)[0]['train_aikd_teacher_top1']) > 50
+            assert checkpoint(tmp_path / name)['args'].aikd_teacher == f'hf-hub:org/teacher@{commit}'
+        # the branch moves on, a resumed run does not
+        save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'other', safe_serialization=True)
+        moved = hub.add('org/teacher', tmp_path / 'other')
+        for words_more, expected in ((['--resume', tmp_path / 'first/last.pth.tar'], commit), ([], moved)):
+            again = command(train_script, image_folder, tmp_path, 'again', '--epochs', '2', *words_more)
+            log = run(*again, *aikd('hf-hub:org/teacher'), **online)
+            assert f'AI-KD: teacher hf-hub:org/teacher@{expected} at' in log.stdout + log.stderr
+            assert 'aikd_teacher was' not in log.stdout + log.stderr
         line = failure(*words, *aikd('hf-hub:org/nobody'), **online)
         assert 'no such repository' in line
     offline = dict(HF_HOME=str(tmp_path / 'cache'), HF_HUB_OFFLINE='1')

@@ -319,6 +319,8 @@ class Aikd(nn.Module):
         if self.discriminator is not None:
             state['binary'] = self.binary
             state['discriminator'] = self.discriminator.get_state()
+        if self.teacher is not None and self.teacher.given is not None:
+            state['teacher_given'] = self.teacher.given
         if isinstance(self.memory, StoreMemory):
             state['memory'] = self.memory.get_state()
         return state

@@ -1,6 +1,7 @@
 """The only file that touches a training script: the table of seams, and how they are bound and put back."""
 import argparse
 import atexit
+import dataclasses
 import inspect
 import logging
 import math
@@ -226,8 +227,8 @@ class _Script:
         if not config.has_teacher:
             return None
         data_config = resolve_data_config(vars(self.args), model=student)
-        return load_teacher(
-            config.teacher,
+        teacher = load_teacher(
+            _resumed_spec(self.args, config.teacher),
             student=student,
             model_name=config.teacher_model,
             default_model_name=self.args.model,
@@ -237,6 +238,11 @@ class _Script:
             std=data_config['std'],
             class_names=self.class_names,
         )
+        if teacher.name != config.teacher:
+            teacher.given = config.teacher
+            self.config = dataclasses.replace(config, teacher=teacher.name)
+            self.args.aikd_teacher = teacher.name  # of which the checkpoints tell
+        return teacher
 
     def _adopt(self, run) -> None:
         from .arguments import store_obstacle
@@ -351,6 +357,19 @@ class _Script:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the only way to fail from here; nothing has been trained
+
+
+def _resumed_spec(args: argparse.Namespace, spec: str) -> str:
+    """The teacher to load: in a run that is resumed the commit that it began with, if the spec is still the same."""
+    from .source import load_checkpoint
+
+    if not spec.startswith('hf-hub:') or not os.path.isfile(getattr(args, 'resume', None) or ''):
+        return spec
+    try:
+        state = load_checkpoint(args.resume)['task_state']['aikd']
+    except Exception:  # of a run without AI-KD, or not readable: the script will say so
+        return spec
+    return state['config']['teacher'] if state.get('teacher_given') == spec else spec
 
 
 @contextmanager

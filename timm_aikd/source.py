@@ -1,5 +1,6 @@
 """Where a teacher comes from: a spec (Hub id, folder, file, timm model name) -> a model with its own weights."""
 import argparse
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict, create_model, is_model
 
 from . import AikdError
+
+_logger = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = ('.pth.tar', '.pth', '.pt', '.bin', '.safetensors')
 FORMS = (
@@ -62,6 +65,22 @@ def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, An
     except Exception as error:
         raise _explain(error, spec) from error
     return model, model.pretrained_cfg
+
+
+def pinned(kind: str, value: str, spec: str) -> str:
+    """The spec of a teacher that has been loaded, for a Hub model with the commit that its files are of."""
+    if kind != 'hf-hub':
+        return spec
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = value.partition('@')
+    config = try_to_load_from_cache(repository, 'config.json', revision=revision or None)
+    if not isinstance(config, str):
+        return spec
+    commit = Path(config).parent.name
+    if not isinstance(try_to_load_from_cache(repository, 'model.safetensors', revision=commit), str):
+        _logger.info(f'AI-KD: {spec} has no safetensors; its pickled weights are read as tensors only')
+    return f'hf-hub:{repository}@{commit}'
 
 
 def _explain(error: Exception, spec: str) -> AikdError:

@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 
 from . import AikdError
 from .classes import match_classes
-from .source import from_file, from_timm, parse_spec
+from .source import from_file, from_timm, parse_spec, pinned
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Teacher(nn.Module):
         if dtype is not None:
             self.model.to(dtype)
         self.name, self.size, self.dtype, self.temperature = name, size, dtype, temperature
+        self.given: str | None = None  # the spec as the user gave it, where `name` is more exact
         self.register_buffer('scale', scale, persistent=False)
         self.register_buffer('shift', shift, persistent=False)
         self.register_buffer('columns', columns, persistent=False)
@@ -113,7 +114,7 @@ def load_teacher(
         class_names: The student's class names in the order of its outputs, where they are known.
 
     Returns:
-        The teacher, or None for the spec 'none'.
+        The teacher, or None for the spec 'none'; a Hub teacher's name has the commit that was loaded.
 
     Raises:
         AikdError: The teacher cannot be found, read or matched with the student.
@@ -135,7 +136,7 @@ def load_teacher(
     scale, shift = _renormalisation(student, mean, std, config, getattr(model, 'in_chans', 3))
     return Teacher(
         model.to(weight.device, weight.dtype),
-        name=spec,
+        name=pinned(kind, value, spec),
         scale=scale,
         shift=shift,
         columns=None if columns is None else torch.tensor(columns),
