@@ -25,6 +25,7 @@ from timm_aikd.source import parse_spec
 from timm_aikd.teacher import better_than_chance
 
 from .conftest import run
+from .distributed import spawn
 from .hub import HubServer
 
 CLASSES = ('ant', 'bee', 'cat', 'dog', 'elk')
@@ -564,6 +565,31 @@ def test_names_of_another_vocabulary_are_ignored_with_a_warning(folder, student,
     assert torch.equal(teacher(batch()), model(batch()))
     warning, = (record.message for record in caplog.records if record.name.startswith('timm_aikd'))
     assert "'n01'" in warning and "'ant'" in warning and 'same order is assumed' in warning
+
+
+def _rank_loads(rank, spec):
+    student = timm.create_model('test_resnet', num_classes=5)
+    try:
+        teacher = load_teacher(spec, student=student)
+    except AikdError as error:
+        return str(error)
+    return teacher.name, sum(p.double().sum().item() for p in teacher.parameters())
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_one_rank_a_host_downloads_and_all_fail_alike(tmp_path, monkeypatch):
+    model = timm.create_model('test_resnet', num_classes=5)
+    save_for_hf(model, tmp_path / 'repo', safe_serialization=True)
+    with HubServer() as server:
+        commit = server.add('org/five', tmp_path / 'repo')
+        for name, value in server.environment(tmp_path / 'home').items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        first, second = spawn(_rank_loads, 2, 'hf-hub:org/five')
+        weights = sum(p.double().sum().item() for p in model.parameters())
+        assert first == second == (f'hf-hub:org/five@{commit}', weights)
+        assert sum(request.startswith('GET') and 'model.safetensors' in request for request in server.requests) == 1
+        first, second = spawn(_rank_loads, 2, 'hf-hub:org/nobody')
+        assert first == second and 'no such repository' in first
 
 
 # refusals

@@ -1,8 +1,13 @@
 """The run's processes as torch.distributed knows them; without it, a run of one."""
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from . import AikdError
 
 
 def is_distributed() -> bool:
@@ -40,6 +45,38 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def this_host() -> str:
+    """The machine's name, and where the system has it a number of this boot: names are not always unique."""
+    try:
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    except OSError:
+        boot = ''
+    return f'{socket.gethostname()} {boot}'
+
+
+def first_on_each_host(function: Callable[[], Any]) -> Any:
+    """Call a function on all ranks, but let the first of each host be done before the others of it begin.
+
+    Raises:
+        AikdError: On all ranks, the first that one of them met.
+    """
+    if not is_distributed():
+        return function()
+    hosts = gather_objects(this_host())
+    is_first = hosts.index(hosts[rank()]) == rank()
+    value = error = None
+    for is_turn in (is_first, not is_first):
+        if is_turn:
+            try:
+                value = function()
+            except AikdError as failure:
+                error = str(failure)
+        for met in gather_objects(error):
+            if met is not None:
+                raise AikdError(met)
+    return value
 
 
 def barrier() -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from . import AikdError
-from .ranks import barrier, gather_objects, rank
+from .ranks import barrier, gather_objects, rank, this_host
 
 try:
     import fcntl
@@ -51,7 +51,7 @@ class HostTable:
     def __init__(self, dtype: np.dtype, samples: int, folder: str | None = None, host: str | None = None):
         self.dtype, self.samples, self.bytes = dtype, samples, samples * dtype.itemsize
         self.folder = Path(folder or tempfile.gettempdir())
-        hosts = gather_objects(host or _this_host())
+        hosts = gather_objects(host or this_host())
         mine = [other for other, name in enumerate(hosts) if name == hosts[rank()]]
         self.hosts, self._place, self._is_leader = hosts, mine.index(rank()), mine[0] == rank()
         self.has_other_hosts = len(mine) < len(hosts)
@@ -250,15 +250,6 @@ class HostTable:
     def __len__(self) -> int:
         """Number of samples that have a record."""
         return sum(int(np.count_nonzero(self.records['stamp'][start:stop])) for start, stop in self._slices())
-
-
-def _this_host() -> str:
-    """The machine's name, and where the system has it a number of this boot: names are not always unique."""
-    try:
-        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-    except OSError:
-        boot = ''
-    return f'{socket.gethostname()} {boot}'
 
 
 def size_text(size: int) -> str:

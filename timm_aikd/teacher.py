@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 
 from . import AikdError
 from .classes import match_classes
+from .ranks import first_on_each_host
 from .source import from_file, from_timm, parse_spec, pinned
 
 _logger = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ def load_teacher(
     Returns:
         The teacher, or None for the spec 'none'; a Hub teacher's name has the commit that was loaded.
 
+    Under torch.distributed all ranks call this, and fail together.
+
     Raises:
         AikdError: The teacher cannot be found, read or matched with the student.
     """
@@ -123,11 +126,14 @@ def load_teacher(
     if kind == 'none':
         return None
     student = unwrap_model(student)
-    with torch.random.fork_rng(devices=[]):
+
+    def load() -> tuple[nn.Module, dict[str, Any] | None]:
         if kind == 'file':
-            model, config = from_file(value, model_name, default_model_name, student)
-        else:
-            model, config = from_timm(kind, value, spec)
+            return from_file(value, model_name, default_model_name, student)
+        return from_timm(kind, value, spec)
+
+    with torch.random.fork_rng(devices=[]):
+        model, config = first_on_each_host(load)  # the others find its files in the cache
     model.eval()
     _check_channels(spec, model, student)
     columns = match_classes(
