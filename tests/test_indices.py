@@ -1,6 +1,9 @@
 """Indices of batches, proved by a dataset whose images are their indices."""
+from inspect import signature
+
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, create_loader
@@ -36,6 +39,14 @@ def loader(length=23, batch_size=4, **options):
     return create_loader(IndexImages(length), (3, 8, 8), batch_size, **{**settings, **options})
 
 
+def skip_if_started_early(batches):
+    """Up to 1.0.29 or so timm starts a multi-epochs loader when it makes it: told, and left to the snapshot."""
+    reason = obstacle(batches)
+    if reason is not None:
+        assert 'the MultiEpochsDataLoader has already started' in reason
+        pytest.skip(f'timm {timm.__version__}: {reason}')
+
+
 def seen(batches, indices, stop=None):
     """Go through an epoch, checking each batch's indices against its images; the indices in order."""
     order = []
@@ -56,6 +67,7 @@ def test_indices_are_those_of_the_images(workers, persistent, multi_epochs, pref
     batches = loader(
         num_workers=workers, persistent_workers=persistent, use_multi_epochs_loader=multi_epochs,
         use_prefetcher=prefetcher)
+    skip_if_started_early(batches)
     validation = loader(7, is_training=False, use_prefetcher=prefetcher)
     indices = BatchIndices(batches)
     orders = [seen(batches, indices)]
@@ -69,6 +81,7 @@ def test_indices_are_those_of_the_images(workers, persistent, multi_epochs, pref
     assert len(set(map(tuple, orders))) == 3
 
 
+@pytest.mark.skipif('input_size_choices' not in signature(create_loader).parameters, reason='timm before 1.0.31')
 def test_scheduled_image_sizes():
     batches = loader(input_size_choices=[8, 16], batch_size_choices=[4, 3], num_workers=2)
     indices = BatchIndices(batches)
@@ -147,7 +160,8 @@ def test_a_failing_sample_does_not_shift_a_multi_epochs_loader():
     dataset = FailsOnce()
     batches = create_loader(
         dataset, (3, 8, 8), 4, is_training=True, no_aug=True, mean=(0., 0., 0.), std=(1 / 255,) * 3, num_workers=0,
-        device=torch.device('cpu'), use_multi_epochs_loader=True)
+        device=torch.device('cpu'), use_multi_epochs_loader=True, persistent_workers=False)
+    skip_if_started_early(batches)
     indices = BatchIndices(batches)
     with pytest.raises(RuntimeError, match='a worker fails'):
         for _ in range(2):
