@@ -40,7 +40,7 @@ def loader(length=23, batch_size=4, **options):
 
 
 def skip_if_started_early(batches):
-    """Up to 1.0.29 or so timm starts a multi-epochs loader when it makes it: told, and left to the snapshot."""
+    """Older versions of timm start a multi-epochs loader when they make it: told, and left to the snapshot."""
     reason = obstacle(batches)
     if reason is not None:
         assert 'the MultiEpochsDataLoader has already started' in reason

@@ -240,18 +240,14 @@ class Aikd(nn.Module):
         temperature = self.config.progressive_temperature
         if known is None:
             return self._soft_loss(progressive_loss, logits, past, temperature)
-        loss = 0.
-        for mask, is_known in ((known, True), (~known, False)):
-            index = torch.from_numpy(mask.nonzero()[0]).to(logits.device, non_blocking=True)
-            if len(index) == 0:
-                continue
-            part = logits.index_select(0, index)
-            if is_known:
-                mean = self._soft_loss(progressive_loss, part, past.index_select(0, index), temperature)
-            else:
-                mean = self.criterion(part, target.index_select(0, index))
-            loss = loss + len(index) / len(logits) * mean
-        return loss
+        has, lacks = (
+            torch.from_numpy(mask.nonzero()[0]).to(logits.device, non_blocking=True) for mask in (known, ~known))
+        own = self.criterion(logits.index_select(0, lacks), target.index_select(0, lacks))
+        if len(has) == 0:
+            return own
+        soft = self._soft_loss(
+            progressive_loss, logits.index_select(0, has), past.index_select(0, has), temperature)
+        return (len(has) * soft + len(lacks) * own) / len(logits)
 
     def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float) -> torch.Tensor:
         if self.binary:
