@@ -2,10 +2,10 @@
 import logging
 
 import pytest
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, create_dataset
 
 from timm_aikd import AikdError
-from timm_aikd.classes import match_classes
+from timm_aikd.classes import data_set_classes, match_classes
 
 IMAGENETTE = ['n01440764', 'n02102040', 'n02979186', 'n03000684', 'n03028079', 'n03394916', 'n03417042', 'n03425413',
               'n03445777', 'n03888257']
@@ -67,4 +67,10 @@ def test_anything_else_is_refused_in_one_line(config, teacher_classes, student_c
     with pytest.raises(AikdError) as error:
         match_classes('t', config, teacher_classes, student_classes, names)
     text = str(error.value)
-    assert message in text and text.startswith('--aikd-teacher t: ') and len(text) < 300 and '\n' not in text
+    assert message in text and text.startswith('t: ') and len(text) < 300 and '\n' not in text
+
+
+def test_class_names_come_from_the_data_set(image_folder):
+    dataset = create_dataset('', root=str(image_folder), split='train')
+    assert data_set_classes(dataset) == ['class0', 'class1', 'class2']
+    assert data_set_classes(object()) is None

@@ -1,8 +1,12 @@
 """`python -m timm_aikd script.py` against `python script.py`: the script must not see a difference."""
 import json
 import signal
+from importlib.metadata import entry_points
 
 import pytest
+
+from timm_aikd import __version__
+from timm_aikd.__main__ import main
 
 from .conftest import run
 
@@ -60,11 +64,30 @@ def test_spawned_workers_import_the_script_as_python_would(tmp_path):
     assert python.stdout == ours.stdout == '[4, 9]\n', ours.stderr
 
 
+def test_the_command_run_is_the_same(tmp_path):
+    (tmp_path / 'script.py').write_text(WORLD)
+    script = tmp_path / 'script.py'
+    assert run('-m', 'timm_aikd', 'run', script, '--help').stdout == run('-m', 'timm_aikd', script, '--help').stdout
+
+
 @pytest.mark.parametrize('arguments, code, stream, text', [
-    ([], 2, 'stdout', 'usage: python -m timm_aikd SCRIPT'),
-    (['--help'], 0, 'stdout', 'usage: python -m timm_aikd SCRIPT'),
-    (['nowhere.py'], 1, 'stderr', 'cannot read nowhere.py: No such file or directory; give the path of a script'),
+    ([], 2, 'stdout', 'usage: timm-aikd COMMAND'),
+    (['--help'], 0, 'stdout', 'usage: timm-aikd COMMAND'),
+    (['--version'], 0, 'stdout', f'timm-aikd {__version__}'),
+    (['nowhere.py'], 1, 'stderr', 'nowhere.py is neither a command (run, evaluate, push) nor the path of a script'),
+    (['run'], 2, 'stdout', 'usage: timm-aikd run SCRIPT'),
+    (['run', '--help'], 0, 'stdout', 'train.py --help` lists the options'),
+    (['run', 'nowhere.py'], 1, 'stderr', 'cannot read nowhere.py: No such file or directory; give the path of a'),
+    (['evaluate', '--help'], 0, 'stdout', 'usage: timm-aikd evaluate'),
+    (['evaluate'], 2, 'stderr', 'required: MODEL, DATA'),
+    (['push', '--help'], 0, 'stdout', 'usage: timm-aikd push'),
+    (['push', 'x', '--bad'], 2, 'stderr', 'unrecognized arguments: --bad'),
 ])
 def test_its_own_messages(arguments, code, stream, text):
     done = run('-m', 'timm_aikd', *arguments, check=False)
     assert done.returncode == code and text in getattr(done, stream) and 'Traceback' not in done.stderr
+
+
+def test_the_console_script_is_the_module():
+    script, = entry_points(group='console_scripts', name='timm-aikd')
+    assert script.load() is main

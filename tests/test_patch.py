@@ -465,11 +465,3 @@ def test_calibration_images_are_spread_over_the_classes_and_move_no_stream(image
         assert (numpy.random.get_state()[1] == states[2]).all()
         assert parsed.aikd
     assert sorted(seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-def test_class_names_come_from_the_data_set(image_folder):
-    from timm.data import create_dataset
-
-    dataset = create_dataset('', root=str(image_folder), split='train')
-    assert patch._class_names(dataset) == ['class0', 'class1', 'class2']
-    assert patch._class_names(object()) is None

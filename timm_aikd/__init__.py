@@ -20,7 +20,10 @@ The files, in reading order:
     patch          the only file that touches a training script
     ranks          the run's processes, for all of the above
     autoload       arms patch when torch is imported
-    launch         runs a script with the patch armed (`python -m timm_aikd train.py ...`)
+    launch         runs a script with the patch armed (`timm-aikd run train.py ...`)
+    plots          reliability diagrams and training curves
+    evaluate       accuracy and calibration of models on a data set (`timm-aikd evaluate`)
+    publish        a finished run -> a model folder for the Hub, with its card (`timm-aikd push`)
 
 Importing this package imports neither torch nor timm.
 """

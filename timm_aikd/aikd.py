@@ -8,10 +8,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 
 from . import AikdError
-from .calibration import TEMPERATURE_RANGE, fit_temperature
+from .calibration import (
+    TEMPERATURE_RANGE,
+    area_under_risk_coverage,
+    expected_calibration_error,
+    fit_temperature,
+)
 from .config import AikdConfig
 from .discriminator import Discriminator
 from .loss import alpha_at, binary_soft_loss, kd_loss, progressive_loss, top1
@@ -79,6 +85,7 @@ class Aikd(nn.Module):
         self.discriminator: Discriminator | None = None
         self.needs_temperature = False
         self.fitted_temperature: float | None = None
+        self.teacher_metrics: dict[str, float] | None = None  # where T_c was fitted
         self.memory: SnapshotMemory | StoreMemory | None = SnapshotMemory() if config.alpha > 0 else None
         self._memory_state: tuple[dict[str, Any] | None, list[Path]] | None = None  # loaded, and not yet used
         if config.has_teacher:
@@ -113,7 +120,8 @@ class Aikd(nn.Module):
         Under torch.distributed every rank calls this with its own share of the images.
 
         Returns:
-            `temperature`, and the teacher's `top1` (percent) on the `samples` images used.
+            `temperature`, and of the calibrated teacher on the `samples` images used its `top1` and `ece` (percent),
+            `nll` and `aurc` (times 1000).
         """
         assert self.teacher is not None
         self.teacher.temperature = 1.
@@ -138,12 +146,16 @@ class Aikd(nn.Module):
             _logger.warning(
                 f'AI-KD: T_c ran into the end of its range, {TEMPERATURE_RANGE}: these images cannot tell it; '
                 f'set --aikd-teacher-temperature')
-        correct = top1(logits, target)[1]
-        return {
-            'temperature': self.teacher.temperature,
-            'top1': 100 * correct.float().mean().item(),
+        logits = logits / temperature
+        confidence, correct = top1(logits, target)
+        self.teacher_metrics = {
+            'top1': 100 * correct.double().mean().item(),
+            'nll': F.cross_entropy(logits, target).item(),
+            'ece': expected_calibration_error(confidence, correct),
+            'aurc': area_under_risk_coverage(confidence, correct),
             'samples': len(target),
         }
+        return {'temperature': self.teacher.temperature, **self.teacher_metrics}
 
     def use_memory(self, memory: SnapshotMemory | StoreMemory) -> None:
         """Take another memory than the snapshot; before the first epoch, on all ranks. Also before or after
@@ -312,6 +324,7 @@ class Aikd(nn.Module):
         state = {'version': _STATE_VERSION, 'config': self.config.to_dict(), 'epoch': self.epoch}
         if self.fitted_temperature is not None:
             state['teacher_temperature'] = self.fitted_temperature
+            state['teacher_metrics'] = self.teacher_metrics
         if self.discriminator is not None:
             state['binary'] = self.binary
             state['discriminator'] = self.discriminator.get_state()
@@ -342,6 +355,7 @@ class Aikd(nn.Module):
                     f'AI-KD: aikd_{name} was {changed.get(name)!r} in the checkpoint, is {config.get(name)!r} now')
         if self.needs_temperature and all(config[name] == changed.get(name) for name in _SAME_TEACHER):
             self.fitted_temperature = state.get('teacher_temperature')
+            self.teacher_metrics = state.get('teacher_metrics')
             self._set_temperature(self.fitted_temperature or 'auto')
         self._memory_state = state.get('memory'), list(folders)
         self._restore_memory()

@@ -7,7 +7,7 @@ from typing import Any
 from . import AikdError
 from .config import AikdConfig
 from .discriminator import Discriminator
-from .source import FORMS, parse_spec
+from .source import FORMS, naming, parse_spec
 
 # arguments that cannot go with --aikd: what they are compared with, and the remedy
 _CONFLICTS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
@@ -55,7 +55,8 @@ def check_arguments(args: argparse.Namespace) -> AikdConfig:
     if config.has_teacher:
         if config.teacher is None:
             raise AikdError(f'--aikd needs a teacher: --aikd-teacher with {FORMS}')
-        parse_spec(config.teacher)
+        with naming('--aikd-teacher'):
+            parse_spec(config.teacher)
     if config.has_teacher and config.adv_weight > 0:
         _check_optimizer(config)
     if config.alpha > 0:

@@ -1,4 +1,4 @@
-"""Which of the teacher's outputs are the student's classes, told by their names."""
+"""The classes of a data set, and which of a model's outputs they are, told by their names."""
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,15 @@ from . import AikdError
 _logger = logging.getLogger(__name__)
 
 
+def data_set_classes(data_set: Any) -> list[str] | None:
+    """Class names by index, where a timm or torchvision data set tells them."""
+    for holder in (getattr(data_set, 'reader', None), data_set):
+        indices = getattr(holder, 'class_to_idx', None)
+        if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
+            return sorted(indices, key=indices.get)
+    return None
+
+
 def match_classes(
         teacher: str,
         config: dict[str, Any],
@@ -18,6 +27,7 @@ def match_classes(
         student_classes: int,
         class_names: Sequence[str] | None,
         is_published: bool = True,
+        student: str = 'student',
 ) -> list[int] | None:
     """For each of the student's classes the teacher's output; None where they are the same ones in the same order.
 
@@ -34,6 +44,7 @@ def match_classes(
         class_names: Names of the student's classes in the order of its outputs, where they are known.
         is_published: Whether it is a model of timm or the Hub; the weights of a run may have an order of their own, so
             that of ImageNet is only taken for theirs where there is no other way to tell.
+        student: What to call the other side in messages.
 
     Raises:
         AikdError: Some of the student's classes are not the teacher's, or cannot be told.
@@ -47,7 +58,7 @@ def match_classes(
             if columns == list(range(teacher_classes)):
                 return None
             _logger.info(
-                f'AI-KD: the student learns {len(ours)} of {teacher_classes} classes of the teacher, found by name'
+                f'AI-KD: the {student} has {len(ours)} of {teacher_classes} classes of the teacher, found by name'
                 if len(ours) < teacher_classes else
                 'AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
             return columns
@@ -63,8 +74,8 @@ def match_classes(
             _logger.info(f'AI-KD: the classes of teacher and data set cannot be compared by name: {assumed}')
         return None
     raise AikdError(
-        f'--aikd-teacher {teacher}: has {teacher_classes} classes, the student has {student_classes}; '
-        f'{_difference(ours, names)}: train or choose a teacher of these classes, or name them as it does (folders, '
+        f'{teacher}: has {teacher_classes} classes, the {student} has {student_classes}; '
+        f'{_difference(ours, names)}: train or choose a model of these classes, or name them as it does (folders, '
         f'--class-map)')
 
 

@@ -248,6 +248,7 @@ class _Script:
         from .arguments import store_obstacle
 
         self.run = run
+        run.class_names = self.class_names
         if self.loader is not None:
             run.choose_memory(self.loader, store_obstacle(self.args))
         if getattr(self.args, 'resume', None):
@@ -285,11 +286,13 @@ class _Script:
             _carry_state(arguments['saver'], run.get_state)
 
     def create_loader(self, *args, **kwargs):
+        from .classes import data_set_classes
+
         loader = self.original['create_loader'](*args, **kwargs)
         arguments = inspect.signature(self.original['create_loader']).bind(*args, **kwargs).arguments
         if arguments.get('is_training'):
             self.loader = loader
-            self.class_names = _class_names(arguments['dataset'])
+            self.class_names = data_set_classes(arguments['dataset'])
             if self.model is not None and self.teacher is None:
                 self.teacher = self._teacher(self.model, self._is_primary)
         else:
@@ -400,15 +403,6 @@ def _carry_state(saver, get_state: Callable[[], dict[str, Any]]) -> None:
 
     for name in ('save_checkpoint', 'save_recovery'):
         setattr(saver, name, carrying(getattr(saver, name)))
-
-
-def _class_names(dataset) -> list[str] | None:
-    """Class names by index, where a timm or torchvision data set tells them."""
-    for holder in (getattr(dataset, 'reader', None), dataset):
-        indices = getattr(holder, 'class_to_idx', None)
-        if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
-            return sorted(indices, key=indices.get)
-    return None
 
 
 def _concatenate(tensors):

@@ -56,6 +56,7 @@ class AikdRun:
             sum_classes=getattr(criterion, 'sum_classes', False),
             criterion=criterion,
             device=next(student.parameters()).device)
+        self.class_names: list[str] | None = None  # by output, for those who use the checkpoints
         self.resume_folder: Path | None = None  # of the checkpoint that `load_state` is about to see
         self._indices: BatchIndices | None = None
         self._checkpoint_folder: Path | str | None = None
@@ -189,7 +190,8 @@ class AikdRun:
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain containers, under a key of its own."""
-        return {'aikd': self.aikd.get_state()}
+        names = {'class_names': self.class_names} if self.class_names is not None else {}
+        return {'aikd': {**self.aikd.get_state(), **names}}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Continue from a checkpoint; from one without AI-KD everything starts fresh, and the log says so."""

@@ -2,6 +2,8 @@
 import argparse
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,17 @@ FORMS = (
     'hf-hub:ORG/NAME[@REVISION], local-dir:PATH, a weights file ({}), the output folder of a run, '
     'a timm model name, or none'.format(' '.join(WEIGHT_SUFFIXES))
 )
+_NAME_IT = 'name its architecture with --aikd-teacher-model (evaluate: --model-name)'
 _HUB_ID = re.compile(r'[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?')
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Let the errors within, which begin with the spec, begin with the option that it was given as."""
+    try:
+        yield
+    except AikdError as error:
+        raise AikdError(f'{option} {error}') from error.__cause__
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
@@ -37,26 +49,26 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return 'none', ''
     if colon and source in ('hf-hub', 'hf_hub'):
         if not _HUB_ID.fullmatch(value) or '..' in value:
-            raise AikdError(f'--aikd-teacher {spec}: a Hub teacher is written hf-hub:ORG/NAME[@REVISION]')
+            raise AikdError(f'{spec}: a Hub teacher is written hf-hub:ORG/NAME[@REVISION]')
         return 'hf-hub', value
     if colon and source == 'local-dir':
         if not (Path(value) / 'config.json').is_file():
-            raise AikdError(f'--aikd-teacher {spec}: no config.json in this folder; save_for_hf of timm writes one')
+            raise AikdError(f'{spec}: no config.json in this folder; save_for_hf of timm writes one')
         return 'local-dir', value
     path = Path(spec)
     if spec.endswith(WEIGHT_SUFFIXES):
         if not path.is_file():
-            raise AikdError(f'--aikd-teacher {spec}: no such file: check the path')
+            raise AikdError(f'{spec}: no such file: check the path')
         return 'file', spec
     if path.is_dir():
         if not (path / 'model_best.pth.tar').is_file():
             other = f'use local-dir:{spec}' if (path / 'config.json').is_file() else 'name a weights file'
-            raise AikdError(f'--aikd-teacher {spec}: not the output of a run, it has no model_best.pth.tar; {other}')
+            raise AikdError(f'{spec}: not the output of a run, it has no model_best.pth.tar; {other}')
         return 'file', str(path / 'model_best.pth.tar')
     if is_model(spec):
         return 'name', spec
     hint = f'; did you mean hf-hub:{spec}' if _HUB_ID.fullmatch(spec) else ''
-    raise AikdError(f'--aikd-teacher {spec}: no such file, folder or timm model{hint}; allowed: {FORMS}')
+    raise AikdError(f'{spec}: no such file, folder or timm model{hint}; allowed: {FORMS}')
 
 
 def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -67,8 +79,9 @@ def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, An
     return model, model.pretrained_cfg
 
 
-def pinned(kind: str, value: str, spec: str) -> str:
-    """The spec of a teacher that has been loaded, for a Hub model with the commit that its files are of."""
+def pinned(spec: str) -> str:
+    """The spec of a model that has been loaded, for a Hub model with the commit that its files are of."""
+    kind, value = parse_spec(spec)
     if kind != 'hf-hub':
         return spec
     from huggingface_hub import try_to_load_from_cache
@@ -87,7 +100,7 @@ def _explain(error: Exception, spec: str) -> AikdError:
     """Whatever stopped the Hub client or timm, as one line with a remedy."""
     from huggingface_hub import errors as hub
 
-    name = f'--aikd-teacher {spec}'
+    name = spec
     elsewhere = 'or give the teacher as local-dir:PATH or a weights file'
     if isinstance(error, hub.GatedRepoError):
         return AikdError(f'{name}: is gated; accept its terms on the Hub, then log in with `hf auth login` or HF_TOKEN')
@@ -112,25 +125,60 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 100 else f'{text[:97]}...'
 
 
+def load_model(spec: str, model_name: str | None = None) -> tuple[nn.Module, dict[str, Any] | None, bool]:
+    """The model that a spec names, with its own weights.
+
+    Returns:
+        The model, how its input was prepared in training where that is known, and whether it is a published one.
+
+    Raises:
+        AikdError: It cannot be found or read.
+    """
+    kind, value = parse_spec(spec)
+    if kind == 'file':
+        return *from_file(value, model_name, None), False
+    return *from_timm(kind, value, spec), True
+
+
 def from_file(
         path: str,
         model_name: str | None,
         default_model_name: str | None,
-        student: nn.Module,
+        num_classes: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """A model built after its own weights: their classes and channels, not the student's."""
+    """A model built after its own weights, and how its input was prepared where the file tells."""
     weights, arguments = read_checkpoint(path)
     name = model_name or arguments.get('model') or default_model_name
     if name is None:
-        raise AikdError(f'--aikd-teacher {path}: stores no architecture; name it with --aikd-teacher-model')
+        raise AikdError(f'{path}: stores no architecture; {_NAME_IT}')
+    model, _, data_config = build(path, weights, {**arguments, 'model': name}, num_classes)
+    return model, data_config if arguments else None
+
+
+def build(
+        path: str,
+        weights: dict[str, torch.Tensor],
+        arguments: dict[str, Any],
+        num_classes: int | None = None,
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A model built after its own weights: their classes and channels, whatever the training arguments say.
+
+    Args:
+        path: What to call the weights in messages.
+        weights: The state dict.
+        arguments: Of the training script, `model` at least.
+        num_classes: Number of classes where the weights do not tell it.
+
+    Returns:
+        The model, what `create_model` needed besides name and classes, and how the input was prepared.
+    """
+    name = arguments['model']
     kwargs = dict(arguments.get('model_kwargs') or {}, global_pool=arguments.get('gp'), bn_eps=arguments.get('bn_eps'))
     try:
         config = create_model(name, **kwargs).pretrained_cfg
     except Exception as error:
-        raise AikdError(
-            f'--aikd-teacher {path}: no such architecture {name!r} ({_one_line(error)}); '
-            f'name another with --aikd-teacher-model') from error
-    kwargs['num_classes'] = _length(weights, config.get('classifier'), 0, default=getattr(student, 'num_classes', None))
+        raise AikdError(f'{path}: no such architecture {name!r} ({_one_line(error)}); {_NAME_IT}') from error
+    num_classes = _length(weights, config.get('classifier'), 0, default=num_classes)
     kwargs['in_chans'] = _length(weights, config.get('first_conv'), 1, default=arguments.get('in_chans') or 3)
     *_, height, width = arguments.get('input_size') or [arguments.get('img_size')] * 2
     tries = [{}]
@@ -138,14 +186,15 @@ def from_file(
         # first, for the weights of a Swin fit any size
         tries.insert(0, {'img_size': height if height == width else (height, width)})
     for extra in tries:
-        model = create_model(name, **kwargs, **extra)
+        model = create_model(name, num_classes=num_classes, **kwargs, **extra)
         misfit = _misfit(model, weights)
         if misfit is None:
             model.load_state_dict(weights)
-            return model, resolve_data_config(arguments, model=model) if arguments else None
-    raise AikdError(
-        f'--aikd-teacher {path}: these weights are not those of a {name} ({misfit}); '
-        f'name their architecture with --aikd-teacher-model')
+            model_args = {key: value for key, value in {**kwargs, **extra}.items() if value is not None}
+            data_config = resolve_data_config(arguments, model=model)
+            data_config['input_size'] = (kwargs['in_chans'], *data_config['input_size'][1:])
+            return model, model_args, data_config
+    raise AikdError(f'{path}: these weights are not those of a {name} ({misfit}); {_NAME_IT}')
 
 
 def load_checkpoint(path: str) -> Any:
@@ -155,7 +204,7 @@ def load_checkpoint(path: str) -> Any:
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and training arguments of a file; EMA weights where it has them. Never unpickles code.
+    """Weights and training arguments of a file; EMA weights where they were validated. Never unpickles code.
 
     Raises:
         AikdError: Not readable, not a checkpoint, or one that needs more than tensors and plain containers.
@@ -166,17 +215,22 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         checkpoint = load_checkpoint(path)
     except Exception as error:  # of pickle, zip, safetensors or the file system
         raise AikdError(
-            f'--aikd-teacher {path}: not readable as weights, truncated, or more than tensors and plain containers, '
+            f'{path}: not readable as weights, truncated, or more than tensors and plain containers, '
             f'which is never unpickled ({type(error).__name__}); save it again or as .safetensors') from error
     arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
+    keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+    if getattr(arguments, 'model_ema_force_cpu', False):
+        keys = keys[::-1]  # that average was not the model that was validated
+    for key in keys:
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = {**checkpoint[key]}
             break
     if not isinstance(checkpoint, dict) or not checkpoint or not all(
             isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()):
-        raise AikdError(f'--aikd-teacher {path}: holds no state dict; save the weights as model.state_dict()')
-    return clean_state_dict(checkpoint), dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+        raise AikdError(f'{path}: holds no state dict; save the weights as model.state_dict()')
+    # --split-bn: the main statistics are those of the evaluation
+    checkpoint = {key: value for key, value in clean_state_dict(checkpoint).items() if '.aux_bn.' not in key}
+    return checkpoint, dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def _length(weights: dict[str, torch.Tensor], layers: Any, dim: int, default: int) -> int:

@@ -14,7 +14,7 @@ from timm.utils import unwrap_model
 from . import AikdError
 from .classes import match_classes
 from .ranks import first_on_each_host
-from .source import from_file, from_timm, parse_spec, pinned
+from .source import from_file, from_timm, naming, parse_spec, pinned
 
 _logger = logging.getLogger(__name__)
 
@@ -122,27 +122,29 @@ def load_teacher(
     Raises:
         AikdError: The teacher cannot be found, read or matched with the student.
     """
-    kind, value = parse_spec(spec)
-    if kind == 'none':
+    if spec == 'none':
         return None
     student = unwrap_model(student)
 
-    def load() -> tuple[nn.Module, dict[str, Any] | None]:
+    def load() -> tuple[str, nn.Module, dict[str, Any] | None]:
+        kind, value = parse_spec(spec)
         if kind == 'file':
-            return from_file(value, model_name, default_model_name, student)
-        return from_timm(kind, value, spec)
+            return kind, *from_file(value, model_name, default_model_name, getattr(student, 'num_classes', None))
+        return kind, *from_timm(kind, value, spec)
 
-    with torch.random.fork_rng(devices=[]):
-        model, config = first_on_each_host(load)  # the others find its files in the cache
-    model.eval()
-    _check_channels(spec, model, student)
-    columns = match_classes(
-        spec, model.pretrained_cfg, model.num_classes, student.num_classes, class_names, is_published=kind != 'file')
+    with naming('--aikd-teacher'):
+        with torch.random.fork_rng(devices=[]):
+            kind, model, config = first_on_each_host(load)  # the others find its files in the cache
+        model.eval()
+        _check_channels(spec, model, student)
+        columns = match_classes(
+            spec, model.pretrained_cfg, model.num_classes, student.num_classes, class_names,
+            is_published=kind != 'file')
     weight = next(student.parameters())
     scale, shift = _renormalisation(student, mean, std, config, getattr(model, 'in_chans', 3))
     return Teacher(
         model.to(weight.device, weight.dtype),
-        name=pinned(kind, value, spec),
+        name=pinned(spec),
         scale=scale,
         shift=shift,
         columns=None if columns is None else torch.tensor(columns),
@@ -166,7 +168,7 @@ def _check_channels(spec: str, model: nn.Module, student: nn.Module) -> None:
     ours, theirs = (getattr(module, 'in_chans', None) for module in (student, model))
     if None not in (ours, theirs) and ours != theirs:
         raise AikdError(
-            f'--aikd-teacher {spec}: has {theirs} input channels, the student has {ours}; they must be the same: train '
+            f'{spec}: has {theirs} input channels, the student has {ours}; they must be the same: train '
             f'or choose a teacher for this data set')
 
 

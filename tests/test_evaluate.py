@@ -1,0 +1,168 @@
+"""`timm-aikd evaluate` against torchmetrics, scikit-learn and a run's own summary.csv."""
+import csv
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from timm.data import ImageNetInfo
+from timm.models import save_for_hf
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from timm_aikd import AikdError
+from timm_aikd.__main__ import main
+from timm_aikd.evaluate import predict
+
+from .conftest import SMALL_RUN, training_scripts, write_images
+from .test_launch import run
+
+
+def answers(samples=500, classes=7, seed=0):
+    """Logits that are right about half the time, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (samples,), generator=generator)
+    logits = 2 * torch.randn(samples, classes, generator=generator)
+    logits[torch.arange(samples), target] += 2
+    return logits * 2 * torch.rand(samples, 1, generator=generator), target  # too sure here, too unsure there
+
+
+def batches(logits, target, size=64):
+    return zip(logits.split(size), target.split(size), strict=True)
+
+
+@pytest.mark.parametrize('bins', [10, 15])
+def test_metrics_are_those_of_torchmetrics_and_scikit_learn(bins):
+    logits, target = answers()
+    metrics = predict(nn.Identity(), batches(logits, target)).metrics(bins)
+    probs, labels = logits.double().softmax(-1), range(7)
+    assert metrics['top1'] == pytest.approx(100 * top_k_accuracy_score(target, probs, k=1, labels=labels), rel=1e-6)
+    assert metrics['top5'] == pytest.approx(100 * top_k_accuracy_score(target, probs, k=5, labels=labels), rel=1e-6)
+    assert metrics['nll'] == pytest.approx(log_loss(target, probs, labels=labels), rel=1e-6)
+    ece = multiclass_calibration_error(probs, target, num_classes=7, n_bins=bins, norm='l1')
+    assert metrics['ece'] == pytest.approx(100 * ece.item(), rel=1e-5)
+    confidence, predicted = probs.max(-1)
+    wrong = (predicted != target)[confidence.argsort(descending=True)].tolist()
+    risks = [sum(wrong[:k]) / k for k in range(1, len(wrong) + 1)]
+    assert metrics['aurc'] == pytest.approx(1000 * sum(risks) / len(risks), rel=1e-6)
+
+
+def test_the_number_of_bins_matters():
+    predictions = predict(nn.Identity(), batches(*answers()))
+    assert predictions.metrics(10)['ece'] != predictions.metrics(15)['ece']
+
+
+def test_a_model_of_more_classes_answers_for_those_of_the_data():
+    logits, target = answers()
+    columns = torch.tensor([4, 0, 9, 2, 7, 1, 5])
+    wide = torch.full((len(logits), 12), 50.)  # the other classes would win
+    wide[:, columns] = logits
+    narrow = predict(nn.Identity(), batches(logits, target))
+    assert predict(nn.Identity(), batches(wide, target), columns).metrics() == narrow.metrics()
+
+
+def test_the_model_is_put_in_eval_mode_and_fewer_than_five_classes_are_fine(tiny_net):
+    model = tiny_net(num_classes=3).train()
+    input, target = torch.randn(20, 4), torch.arange(20) % 3
+    predictions = predict(model, [(input, target)])
+    assert not model.training and predictions.metrics()['top5'] == 100
+    torch.testing.assert_close(predictions.confidence, model(input).softmax(-1).max(-1).values.detach())
+
+
+@pytest.mark.parametrize('given, fragment', [
+    ([], 'has no images'),
+    ([(torch.zeros(2, 3), torch.tensor([0, 3]))], 'the labels go from 0 to 3, the model has 3 classes'),
+    ([(torch.zeros(2, 3), torch.tensor([-1, 0]))], 'the labels go from -1 to 0'),
+])
+def test_data_that_do_not_fit_are_refused(given, fragment):
+    with pytest.raises(AikdError, match=fragment):
+        predict(nn.Identity(), given)
+
+
+# timm leaves closing image files to the garbage collector
+unclosed = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+def command(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['timm-aikd', 'evaluate', *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, capsys.readouterr()
+
+
+def rows(output):
+    lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.splitlines() if line.startswith('|')]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
+@unclosed
+def test_a_run_and_its_export_side_by_side_are_what_its_summary_says(image_folder, tmp_path, monkeypatch, capsys):
+    run(training_scripts()['examples'], *SMALL_RUN, '--data-dir', image_folder, '--output', tmp_path,
+        '--experiment', 'x', '--mean', '0.2', '0.3', '0.4', '--aikd', '--aikd-teacher', 'none')
+    run('-m', 'timm_aikd', 'push', tmp_path / 'x', '--to-folder', tmp_path / 'kept')
+    code, printed = command(
+        tmp_path / 'x', f'local-dir:{tmp_path / "kept"}', image_folder, '-j', 0, '--plot', tmp_path / 'r.png',
+        monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    with open(tmp_path / 'x' / 'summary.csv') as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row['eval_top1']))
+    table = rows(printed.out)
+    assert len(table) == 2
+    for row in table.values():
+        assert row['images'] == '36'
+        assert float(row['top-1 %']) == pytest.approx(float(best['eval_top1']), abs=0.006)
+        assert float(row['NLL']) == pytest.approx(float(best['eval_loss']), abs=1e-4)
+        assert float(row['ECE % (15 bins)']) == pytest.approx(float(best['eval_ece']), abs=0.006)
+        assert float(row['AURC x 1000']) == pytest.approx(float(best['eval_aurc']), abs=0.006)
+    with Image.open(tmp_path / 'r.png') as picture:
+        assert picture.format == 'PNG' and picture.width == 2 * picture.height
+
+
+@unclosed
+def test_an_imagenet_model_on_some_of_its_classes(tmp_path, monkeypatch, capsys):
+    names = ImageNetInfo().label_names()
+    model = timm.create_model('test_resnet')
+    with torch.no_grad():
+        model.get_classifier().bias[7] += 100.  # what it always says, when asked for all
+    save_for_hf(model, tmp_path / 'kept', safe_serialization=True)
+    folder = write_images(tmp_path / 'data', classes=2, per_class=3, size=32)
+    for label in (0, 1):
+        (folder / 'validation' / f'class{label}').rename(folder / 'validation' / names[[300, 7][label]])
+    code, printed = command(
+        f'local-dir:{tmp_path / "kept"}', folder, '-j', 0, '--plot', '', '--bins', 10, monkeypatch=monkeypatch,
+        capsys=capsys)
+    row, = rows(printed.out).values()
+    assert code == 0 and row['images'] == '6'
+    first = sorted([names[300], names[7]]).index(names[7])  # folders are classes in alphabetical order
+    assert float(row['top-1 %']) == 50. and 'ECE % (10 bins)' in row
+    assert first in (0, 1) and 'no better than chance' in printed.out and not (tmp_path / 'reliability.png').exists()
+
+
+@pytest.mark.parametrize('arguments, fragment', [
+    (['no_such_model', 'DATA'], 'no_such_model: no such file, folder or timm model'),
+    (['RUN', 'no/such/folder'], 'no/such/folder cannot be opened'),
+    (['RUN', 'DATA', '--split', 'test'], '--split test: DATA has no such folder'),
+    (['RUN', 'DATA', '--bins', '0'], '--bins 0: allowed is a whole number >= 1'),
+    (['RUN', 'DATA', '-b', '0'], '--batch-size 0: allowed is a whole number >= 1'),
+    (['RUN', 'DATA', '-j', '-1'], '--workers -1: allowed is a whole number >= 0'),
+    (['RUN', 'DATA', '--device', 'abacus'], '--device abacus: is not available here'),
+    (['RUN', 'DATA', '--plot', 'no/such/folder/x.png'], '--plot no/such/folder/x.png: cannot be written'),
+    (['NARROW', 'DATA'], 'has 2 classes, the data set has 3'),
+])
+def test_what_cannot_be_evaluated_is_said_in_one_line(image_folder, tmp_path, monkeypatch, capsys, arguments, fragment):
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (('run', 3), ('narrow', 2)):
+        save_for_hf(timm.create_model('test_resnet', num_classes=classes), name, safe_serialization=True)
+    places = {'DATA': str(image_folder), 'RUN': 'local-dir:run', 'NARROW': 'local-dir:narrow'}
+    code, printed = command(
+        *(places.get(argument, argument) for argument in arguments), '-j', 0, monkeypatch=monkeypatch, capsys=capsys
+    ) if '-j' not in arguments else command(
+        *(places.get(argument, argument) for argument in arguments), monkeypatch=monkeypatch, capsys=capsys)
+    assert isinstance(code, str) and code.startswith('error: ') and fragment.replace('DATA', str(image_folder)) in code
+    assert '\n' not in code and len(code) <= 300 and '--aikd' not in code and printed.out == ''
+    assert not (tmp_path / 'reliability.png').exists()

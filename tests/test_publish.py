@@ -1,0 +1,280 @@
+"""A finished run on the Hub: the model that comes back, what its card says, and what is refused."""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from timm.models import load_state_dict
+
+from timm_aikd import publish
+from timm_aikd.__main__ import main
+from timm_aikd.publish import CITATION, FinishedRun, model_card, write_model_folder
+
+from .conftest import ROOT, SMALL_RUN, run, training_scripts
+from .hub import HubServer
+from .test_teacher import arguments, source
+
+
+def save_run(folder, net, state=None, summary=None, names=None, **args):
+    """What timm's scripts leave behind: a checkpoint, and summary.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = {'model': net.pretrained_cfg['architecture'], 'data_dir': '/home/somebody/secret/flowers', **args}
+    checkpoint = {'state_dict': net.state_dict(), 'epoch': 3, 'args': arguments(**args)}
+    if state is not None:
+        checkpoint['task_state'] = {'aikd': state}
+    torch.save(checkpoint, folder / 'model_best.pth.tar')
+    if summary is not None:
+        (folder / 'summary.csv').write_text(summary)
+    return folder
+
+
+def push(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['timm-aikd', 'push', *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, capsys.readouterr().out
+
+
+def logits(model, input):
+    with torch.no_grad():
+        return model.eval()(input)
+
+
+@pytest.mark.parametrize('name, options, args', [
+    ('test_resnet', {}, {}),
+    ('test_resnet', {}, {
+        'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6], 'crop_pct': 0.7, 'interpolation': 'bilinear'}),
+    ('test_resnet', {'in_chans': 1}, {'in_chans': 1, 'mean': [0.2], 'std': [0.3]}),
+    ('test_resnet', {'global_pool': 'max'}, {'gp': 'max'}),
+    ('test_resnet', {'stem_width': 8}, {'model_kwargs': {'stem_width': 8}}),
+    ('test_efficientnet', {'bn_eps': 0.1}, {'bn_eps': 0.1}),
+    ('test_vit', {'img_size': 32}, {'img_size': 32}),
+    ('test_vit', {'img_size': 48}, {'input_size': [3, 48, 48]}),
+])
+def test_the_model_comes_back_bit_for_bit(tmp_path, monkeypatch, capsys, name, options, args):
+    model = source(1, name, **options)
+    code, out = push(
+        save_run(tmp_path / 'run', model, **args), '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch,
+        capsys=capsys)
+    assert code == 0, code
+    assert set(os.listdir(tmp_path / 'kept')) == {'README.md', 'config.json', 'model.safetensors'}
+    again = timm.create_model(f'local-dir:{tmp_path / "kept"}', pretrained=True)
+    config = timm.data.resolve_model_data_config(again)
+    for key in ('mean', 'std', 'crop_pct', 'interpolation'):
+        if key in args:
+            assert config[key] == args[key] or list(config[key]) == args[key]
+    size = options.get('img_size', 64)
+    input = torch.randn(3, options.get('in_chans', 3), size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(again, input), logits(model, input))
+    assert again.num_classes == 5
+
+
+@pytest.mark.parametrize('args, kept', [
+    ({}, 'state_dict'),
+    ({'model_ema': True}, 'state_dict_ema'),
+    ({'model_ema': True, 'model_ema_force_cpu': True}, 'state_dict'),
+])
+def test_the_weights_are_those_that_were_validated(tmp_path, args, kept):
+    save_run(tmp_path, source(1), **args)
+    checkpoint = torch.load(tmp_path / 'model_best.pth.tar', weights_only=False)
+    if 'model_ema' in args:
+        checkpoint['state_dict_ema'] = source(2).state_dict()
+        torch.save(checkpoint, tmp_path / 'model_best.pth.tar')
+    run_ = FinishedRun.read(tmp_path)
+    for key, tensor in run_.model.state_dict().items():
+        assert torch.equal(tensor, checkpoint[kept][key])
+    assert run_.uses_average == (kept == 'state_dict_ema')
+
+
+def test_what_is_said_of_other_weights_is_left_out(tmp_path):
+    model = source(1, 'test_resnet', num_classes=1000)
+    run_ = FinishedRun.read(save_run(tmp_path / 'run', model))
+    run_.model.pretrained_cfg.update(
+        test_input_size=(3, 96, 96), paper_ids='arXiv:0000.00000', license='mit', tag='x_in1k')
+    (tmp_path / 'kept').mkdir()
+    write_model_folder(run_, tmp_path / 'kept', None)
+    text = (tmp_path / 'kept' / 'config.json').read_text()
+    assert not any(word in text for word in ('paper_ids', 'test_input_size', 'in1k', 'license', 'hf_hub_id'))
+
+
+SUMMARY = '\n'.join([
+    'epoch,train_loss,train_aikd_task,eval_loss,eval_top1,eval_top5,eval_ece,eval_aurc',
+    '2,1.5,1.0,0.5,80.0,99.0,3.0,50.0', '3,1.4,0.9,0.4321,81.25,99.5,2.345,45.6', ''])
+
+
+def state(**config):
+    options = {'teacher': 'hf-hub:org/net@' + 40 * 'a', 'teacher_temperature': 'auto', 'kd_weight': 1., 'alpha': 0.3,
+               'disc_hidden': [256, 256], 'memory_dir': '/home/somebody/tmp', **config}
+    return {
+        'version': 1, 'config': options, 'epoch': 3, 'teacher_temperature': 1.875, 'class_names': list('abcde'),
+        'teacher_metrics': {'top1': 78.5, 'nll': 0.6, 'ece': 1.25, 'aurc': 60.5, 'samples': 2048},
+    }
+
+
+def card_of(folder, **options):
+    return model_card(FinishedRun.read(folder), 'me/net', **options)
+
+
+def test_the_card_tells_a_visitor_what_counts(tmp_path):
+    save_run(tmp_path, source(1), state(), SUMMARY, dataset='hfds/org/flowers', val_split='test', opt='lamb', lr=5e-3,
+             model_ema=True, model_ema_decay=0.99, seed=0)
+    text = card_of(tmp_path, license='apache-2.0')
+    card = ModelCard(text)
+    assert card.data.library_name == 'timm' and card.data.pipeline_tag == 'image-classification'
+    assert card.data.base_model == ['org/net'] and card.data.license == 'apache-2.0'
+    assert card.data.datasets == ['org/flowers'] and 'timm-aikd' in card.data.tags
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values == {'accuracy': 81.25, 'top-5-accuracy': 99.5, 'nll': 0.4321, 'ece': 2.345, 'aurc': 45.6}
+    assert {result.dataset_split for result in card.data.eval_results} == {'test'}
+    for line in (
+            '| top-1 % | 81.25 | 78.5 |', '| NLL | 0.4321 | 0.6 |', '| ECE % (15 bins) | 2.345 | 1.25 |',
+            '| AURC x 1000 | 45.6 | 60.5 |', f'`hf-hub:org/net@{40 * "a"}`, its logits divided by T_c = 1.875.',
+            '| `aikd_alpha` | 0.3 |', '| `opt` | lamb |', '| `lr` | 0.005 |', '| `model_ema_decay` | 0.99 |',
+            '| `seed` | 0 |',
+            'moving average of the weights after epoch 3', 'of 2,048 of these images', 'not an untouched test set',
+            'hf-hub:me/net', 'kim2024aikd', 'input 3 x 160 x 160',
+    ):
+        assert line in text, line
+    assert 'somebody' not in text and '/home' not in text
+
+
+@pytest.mark.parametrize('teacher, shown', [
+    ('/home/somebody/runs/phase1', 'phase1'), ('local-dir:/home/somebody/kept', 'kept'), ('../x/y.pth', 'y.pth'),
+    ('test_resnet', 'test_resnet'),
+])
+def test_a_local_teacher_is_named_without_its_path(tmp_path, teacher, shown):
+    save_run(tmp_path, source(1), state(teacher=teacher), SUMMARY)
+    text = card_of(tmp_path)
+    assert f'Teacher: `{shown}`' in text and f'| `aikd_teacher` | {shown} |' in text and 'somebody' not in text
+    assert (ModelCard(text).data.base_model == ['timm/test_resnet.r160_in1k']) == (teacher == 'test_resnet')
+
+
+def test_a_plain_run_has_a_card_without_what_it_did_not_do(tmp_path):
+    save_run(tmp_path, source(1), None, SUMMARY, pretrained=True)
+    text = card_of(tmp_path)
+    assert 'trained by plain training' in text and '| top-1 % | 81.25 |' in text
+    assert 'aikd_alpha' not in text and 'Teacher' not in text and 'kim2024aikd' not in text
+    assert ModelCard(text).data.base_model == ['timm/test_resnet.r160_in1k']
+
+
+def test_a_run_without_validation_has_a_card_without_results(tmp_path):
+    save_run(tmp_path, source(1), state(), 'epoch,train_loss\n3,1.4\n')
+    text = card_of(tmp_path)
+    assert '## Results' not in text and ModelCard(text).data.eval_results is None
+
+
+def test_the_citation_is_the_readmes():
+    assert CITATION in (ROOT / 'README.md').read_text()
+
+
+def test_nothing_in_an_argument_breaks_the_tables(tmp_path):
+    save_run(tmp_path, source(1), state(), SUMMARY, aa='rand|m9\n| x | y |', data_dir='a|b`<script>', opt='<b>')
+    body = card_of(tmp_path).split('---\n', 2)[2]
+    assert '<script>' not in re.sub(r'\\<', '', body) and r'rand\|m9 \| x \| y \|' in body
+
+
+def test_a_generation_is_the_teacher_of_the_next(image_folder, tmp_path):
+    """Phase 1, its export as the teacher of phase 2, that on the Hub as the teacher of phase 3."""
+    small = [
+        training_scripts()['examples'], *SMALL_RUN, '--data-dir', image_folder, '--output', tmp_path, '--workers', '0']
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path / 'home'), 'HF_TOKEN': 'hf_a_token_to_write'}
+        run(*small, '--experiment', 'one')
+        run('-m', 'timm_aikd', 'push', tmp_path / 'one', '--to-folder', tmp_path / 'first', **environment)
+        run(*small, '--experiment', 'two', '--model-ema', '--model-ema-decay', '0.5', '--aikd', '--aikd-teacher',
+            f'local-dir:{tmp_path / "first"}', '--aikd-memory', 'snapshot', **environment)
+        pushed = run('-m', 'timm_aikd', 'push', tmp_path / 'two', 'hf-hub:me/second', **environment)
+        assert f'{hub.url}/me/second: README.md, config.json, curves.png, model.safetensors' in pushed.stdout
+        commit = hub.repositories['me/second'].commit('main')
+        third = run(*small, '--experiment', 'three', '--aikd', '--aikd-teacher', 'hf-hub:me/second', **environment)
+        assert f'teacher hf-hub:me/second@{commit}' in third.stderr and 'AI-KD: epoch 1' in third.stderr
+        run('-m', 'timm_aikd', 'push', tmp_path / 'three', 'me/third', '--to-folder', tmp_path / 'third', **environment)
+        loaded = run('-c', LOAD, 'hf-hub:me/second', **environment).stdout
+        files = hub.repositories['me/second'].files(commit)
+    card = ModelCard(files['README.md'].read_text())
+    assert 'class0' in files['config.json'].read_text() and card.data.base_model is None
+    third_card = ModelCard((tmp_path / 'third' / 'README.md').read_text())
+    assert third_card.data.base_model == ['me/second'] and f'hf-hub:me/second@{commit}' in third_card.text
+    for text in (card.content, third_card.content):
+        assert str(tmp_path) not in text and 'hf_a_token' not in text
+    second = timm.create_model('test_resnet', num_classes=3)
+    second.load_state_dict(load_state_dict(tmp_path / 'two' / 'model_best.pth.tar', use_ema=True))
+    input = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert json.loads(loaded) == logits(second, input).tolist()
+
+
+LOAD = """
+import json, sys, timm, torch
+torch.set_num_threads(1)
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+with torch.no_grad():
+    print(json.dumps(model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).tolist()))
+"""
+
+
+@pytest.mark.parametrize('words, fragment', [
+    (['RUN'], 'where to? give ORG/NAME, or --to-folder PATH'),
+    (['RUN', 'net'], 'net is no repository of the Hub: write ORG/NAME'),
+    (['RUN', 'a/../b'], 'is no repository of the Hub'),
+    (['RUN', 'me/net@main'], 'is no repository of the Hub'),
+    (['missing', 'me/net'], 'push missing: has no model_best.pth.tar; no such folder'),
+    (['empty', '--to-folder', 'x'], 'has no model_best.pth.tar; give the output folder of a run'),
+    (['RUN', '--to-folder', 'x', '--checkpoint', 'last.pth.tar'], 'its checkpoints are model_best.pth.tar: choose'),
+    (['bare', '--to-folder', 'x'], 'tells no arguments of a training script'),
+    (['broken', '--to-folder', 'x'], 'not readable as weights'),
+    (['RUN', '--to-folder', 'full'], '--to-folder full: is there already'),
+    (['RUN', '--to-folder', 'full/file'], '--to-folder full/file: is there already'),
+    (['RUN', '--to-folder', 'full/file/x'], '--to-folder full/file/x: cannot be made'),
+    (['RUN', '--to-folder', 'x', '--class-map', 'nowhere'], '--class-map nowhere: cannot be read as text'),
+    (['RUN', '--to-folder', 'x', '--class-map', 'names'], 'has 2 names (2 different), the model has 5 classes'),
+])
+def test_what_cannot_be_pushed_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, fragment):
+    monkeypatch.chdir(tmp_path)
+    save_run(Path('run'), source(1))
+    for name in ('empty', 'bare', 'broken', 'full'):
+        Path(name).mkdir()
+    Path('full/file').touch()
+    Path('names').write_text('a\nb\n')
+    Path('broken/model_best.pth.tar').write_bytes(b'nothing')
+    torch.save({'state_dict': source(1).state_dict(), 'model': 'x'}, 'bare/model_best.pth.tar')
+    before = sorted(map(str, tmp_path.rglob('*')))
+    code, out = push(*('run' if word == 'RUN' else word for word in words), monkeypatch=monkeypatch, capsys=capsys)
+    assert isinstance(code, str) and code.startswith('error: ') and fragment in code, code
+    assert '\n' not in code and len(code) <= 300 and '--aikd' not in code
+    assert sorted(map(str, tmp_path.rglob('*'))) == before
+
+
+def test_class_names_come_from_a_file_or_are_missed(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path / 'run', source(1))
+    (tmp_path / 'names').write_text('ant\nbee\ncat\ndog\nelk\n')
+    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'a', monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and 'does not tell its class names' in out
+    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'b', '--class-map', tmp_path / 'names',
+                     monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and 'class names' not in out
+    config = json.loads((tmp_path / 'b' / 'config.json').read_text())
+    assert config['label_names'] == ['ant', 'bee', 'cat', 'dog', 'elk']
+
+
+@pytest.mark.parametrize('fault', ['disk full', 'another model'])
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys, fault):
+    save_run(tmp_path / 'run', source(1))
+
+    def save(model, folder, **options):
+        if fault == 'disk full':
+            Path(folder, 'model.safetensors').write_bytes(b'half')
+            raise OSError(28, os.strerror(28), str(folder))
+        timm.models.save_for_hf(source(2), folder, **options)
+
+    monkeypatch.setattr(publish, 'save_for_hf', save)
+    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch, capsys=capsys)
+    assert ('No space left on device' if fault == 'disk full' else 'answers otherwise') in code
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
