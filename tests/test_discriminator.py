@@ -1,4 +1,6 @@
 """The discriminator's step: against a plain one, and what it must leave alone."""
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -94,7 +96,7 @@ def test_adversarial_gradient_raises_the_score():
     assert score[1] > score[0]
 
 
-@pytest.mark.parametrize('opt', ['adamw', 'sgd'])
+@pytest.mark.parametrize('opt', ['adamw', 'momentum', 'lamb', 'adopt'])  # fused, and those that cannot be
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_a_batch_that_is_not_finite_changes_nothing(bad, opt):
     disc = Discriminator(5, hidden=(8,), opt=opt)
@@ -148,6 +150,22 @@ def test_state_continues_exactly(kind):
         straight.update(*outputs(step))
         resumed.update(*outputs(step))
     assert torch.equal(weights(straight), weights(resumed))
+
+
+def test_a_state_of_before_the_fused_step_continues():
+    old, new = (Discriminator(5, hidden=(8,), lr=0.01) for _ in range(2))
+    assert old.optimizer.defaults['fused']
+    for group in old.optimizer.param_groups:
+        group['fused'] = None
+    old.optimizer._step_supports_amp_scaling = False
+    for step in range(3):
+        old.update(*outputs(step))
+    new.load_state(copy.deepcopy(old.get_state()))
+    assert all(group['fused'] for group in new.optimizer.param_groups)
+    for step in range(3, 6):
+        old.update(*outputs(step))
+        new.update(*outputs(step))
+    torch.testing.assert_close(weights(old), weights(new))
 
 
 def _rank_steps(rank, _):

@@ -444,8 +444,7 @@ class Synchronising(TorchDispatchMode):
 @pytest.mark.parametrize('classes, topk', [(5, None), (40, 6)])
 def test_no_operator_of_a_step_waits_for_the_device(tiny_net, classes, topk):
     """All terms with a store, samples without a row among them; the chance test, once a run, is not of a step."""
-    # AdamW counts its steps in a tensor on the host, which it reads
-    config = AikdConfig(teacher='given', teacher_temperature=1., memory='store', disc_hidden=(8,), disc_opt='sgd')
+    config = AikdConfig(teacher='given', teacher_temperature=1., memory='store', disc_hidden=(8,))
     net = tiny_net(classes)
     aikd = Aikd(classes, tiny_net(classes), config, epochs=3)
     aikd.use_memory(store(classes=classes, topk=topk))

@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
                 layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
             self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
         self.to(device)
-        self.optimizer = create_optimizer_v2(self.mlp, opt=opt, lr=lr)
+        self.optimizer = _create_optimizer(self.mlp, opt, lr)
         if getattr(self.optimizer, 'is_second_order', False):
             raise ValueError(f'Discriminator optimizer {opt!r} needs second-order gradients, use a first-order one.')
         self._generator = torch.Generator().manual_seed(seed)
@@ -104,21 +104,30 @@ class Discriminator(nn.Module):
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
         finite = flat.isfinite().all()
-        # A branch on `finite` would make the host wait for the device: step on zeros, then take the step back.
-        flat = torch.where(finite, flat, 0.)
         pieces = flat.split([parameter.numel() for parameter in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
-        tensors = self._step_tensors(flat.device)
-        before = [tensor.clone() for tensor in tensors]
-        self.optimizer.step()
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
+        # A branch on `finite` would make the host wait for the device.
+        if getattr(self.optimizer, '_step_supports_amp_scaling', False):
+            self.optimizer.found_inf = (~finite).float()  # GradScaler's way to let a fused step do nothing
+            self.optimizer.step()
+            del self.optimizer.found_inf
+        else:
+            self._step_and_take_back(flat, finite)
         if self.loss == 'wgan':
             for parameter in parameters:
                 parameter.clamp_(-_WGAN_CLIP, _WGAN_CLIP)
         self.optimizer.zero_grad()
         return finite
+
+    def _step_and_take_back(self, flat: torch.Tensor, finite: torch.Tensor) -> None:
+        """A step on zeros where the gradients are not finite, and back to where it was."""
+        flat.copy_(torch.where(finite, flat, 0.))
+        tensors = self._step_tensors(flat.device)
+        before = [tensor.clone() for tensor in tensors]
+        self.optimizer.step()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
 
     def _step_tensors(self, device: torch.device) -> list[torch.Tensor]:
         """What a step may change: the weights and the optimizer's state (its counters stay on the host)."""
@@ -148,7 +157,20 @@ class Discriminator(nn.Module):
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue exactly where `get_state` was taken, but at this object's learning rate."""
         self.mlp.load_state_dict(state['weights'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        for group in self.optimizer.param_groups:
-            group['lr'] = self.lr
+        own = self.optimizer.defaults  # whose fused step a state of before had not
+        groups = [
+            {**group, **({'fused': own['fused']} if 'fused' in own else {}), 'lr': self.lr}
+            for group in state['optimizer']['param_groups']]
+        self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self._generator.set_state(state['generator'])
+
+
+def _create_optimizer(mlp: nn.Module, opt: str, lr: float) -> torch.optim.Optimizer:
+    """The optimizer, fused where it can be: one kernel instead of one a tensor and operation."""
+    optimizer = create_optimizer_v2(mlp, opt=opt, lr=lr)
+    if 'fused' in optimizer.defaults:
+        try:
+            return create_optimizer_v2(mlp, opt=opt, lr=lr, fused=True)
+        except RuntimeError:  # not on this device
+            pass
+    return optimizer
