@@ -3,6 +3,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ def spawn(function: Callable, ranks: int, argument=None) -> list:
 def _rank(rank: int, function: Callable, ranks: int, argument, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=ranks)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=ranks,
+        timeout=timedelta(minutes=2))  # a rank that waits in vain fails
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, argument)))
     dist.destroy_process_group()

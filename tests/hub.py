@@ -1,16 +1,21 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: what its client asks for to download a model, and nothing else."""
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: what its client asks for to load or publish a model."""
 import hashlib
+import itertools
 import json
 import re
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from .hub_uploads import Uploads
+
 LIFETIME = 600  # seconds, after which the server stops by itself
-LIMIT = 1000  # requests, after which it answers no more
+LIMIT = 2000  # requests, after which it answers no more
 
 _RESOLVE = re.compile(r'/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)')
 _INFO = re.compile(r'/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?')
@@ -36,7 +41,8 @@ class Repository:
 class HubServer:
     """Serves local folders as model repositories for as long as the `with` block lasts.
 
-    `url` is its address, `requests` lists what it was asked for: 'HEAD /org/name/resolve/main/config.json'.
+    `url` is its address, `requests` lists what it was asked for: 'HEAD /org/name/resolve/main/config.json', and
+    `ranges` which parts: 'bytes=10-'.
 
     Example:
         ```python
@@ -48,11 +54,17 @@ class HubServer:
 
     def __init__(self):
         self.requests: list[str] = []
+        self.ranges: list[str] = []
+        self.faults: dict[tuple[str, str, str], Iterator[int | str]] = {}
         self.repositories: dict[str, Repository] = {}
+        self.read_only = False  # whether nobody may publish
+        self.objects: dict[str, bytes] = {}  # uploaded, and not yet part of a commit
+        self._scratch = tempfile.TemporaryDirectory()
+        self.scratch = self._scratch.name  # of the repositories that were published here
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
         self._server.hub = self
         self._server.timeout = 0.05
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
 
@@ -61,13 +73,14 @@ class HubServer:
         return self
 
     def __exit__(self, *error) -> None:
-        self._stopped.set()
+        self.stopped.set()
         self._thread.join()
+        self._scratch.cleanup()
 
     def _serve(self) -> None:
         end = time.monotonic() + LIFETIME
         with self._server:
-            while not self._stopped.is_set() and time.monotonic() < end:
+            while not self.stopped.is_set() and time.monotonic() < end:
                 self._server.handle_request()
 
     def add(
@@ -100,6 +113,24 @@ class HubServer:
         repository.folders[commit] = Path(folder)
         return commit
 
+    def fail(self, repo_id: str, file: str, *faults: int | str, method: str = 'GET', forever: bool = False) -> None:
+        """Let the next requests for a file go wrong, one after the other in these ways.
+
+        Args:
+            repo_id: ORG/NAME.
+            file: Its path in the repository.
+            faults: A status to refuse with, or one of
+                'stall': the request is read, and nothing said;
+                'freeze': half of the content, then nothing more;
+                'drop': half of the content, then the connection is closed;
+                'short': half of the content, which the headers say is all;
+                'corrupt': the last byte is another;
+                'etag': the ETag is that of another content.
+            method: Of the requests, GET or HEAD.
+            forever: After the last, begin again with the first.
+        """
+        self.faults[method, repo_id, file] = itertools.cycle(faults) if forever else iter(faults)
+
     def environment(self, home: Path, offline: bool = False) -> dict[str, str | None]:
         """Variables that point a process of its own here and nowhere else; None: to be unset.
 
@@ -123,7 +154,7 @@ class HubServer:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     timeout = 30  # an idle connection is closed
 
@@ -150,9 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse('RevisionNotFound', 'Invalid rev id', 404)
         files = repository.files(commit)
         if asked.re is _RESOLVE:
-            if unquote(asked['file']) not in files:
+            name = unquote(asked['file'])
+            if name not in files:
                 return self._refuse('EntryNotFound', 'Entry not found', 404, {'X-Repo-Commit': commit})
-            return self._send_file(files[unquote(asked['file'])].read_bytes(), commit)
+            return self._resolve(asked['repo'], name, files[name].read_bytes(), commit)
         if asked.re is _TREE:
             answer = [
                 {'type': 'file', 'path': name, 'size': path.stat().st_size, 'oid': _sha(path.read_bytes())[:40]}
@@ -166,19 +198,33 @@ class _Handler(BaseHTTPRequestHandler):
             }
         self._send(200, {'Content-Type': 'application/json'}, json.dumps(answer).encode())
 
-    def _send_file(self, content: bytes, commit: str) -> None:
+    def _resolve(self, repo_id: str, name: str, content: bytes, commit: str) -> None:
+        hub = self.server.hub
+        fault = next(hub.faults.get((self.command, repo_id, name), iter(())), None)
+        if isinstance(fault, int):
+            return self._refuse('', '', fault)
+        if fault == 'stall':
+            return self._say_no_more()
         headers = {
-            'ETag': f'"{_sha(content)}"', 'X-Repo-Commit': commit, 'Accept-Ranges': 'bytes',
-            'Content-Type': 'application/octet-stream',
+            'ETag': f'"{_etag(name, content[1:] if fault == "etag" else content)}"', 'X-Repo-Commit': commit,
+            'Accept-Ranges': 'bytes', 'Content-Type': 'application/octet-stream',
         }
+        if fault == 'short':
+            content = content[:len(content) // 2]
+        if fault == 'corrupt':
+            content = content[:-1] + bytes([content[-1] ^ 255])
+        self._send_file(headers, content, fault)
+
+    def _send_file(self, headers: dict[str, str], content: bytes, fault: str | None) -> None:
         asked = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
         if asked is None:
-            return self._send(200, headers, content)
+            return self._send(200, headers, content, fault)
+        self.server.hub.ranges.append(asked[0])
         first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
         if first > last:
             return self._send(416, {**headers, 'Content-Range': f'bytes */{len(content)}'}, b'')
         headers['Content-Range'] = f'bytes {first}-{last}/{len(content)}'
-        self._send(206, headers, content[first:last + 1])
+        self._send(206, headers, content[first:last + 1], fault)
 
     def _refuse(self, code: str, message: str, status: int, headers: dict[str, str] | None = None) -> None:
         headers = {
@@ -187,13 +233,21 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._send(status, headers, json.dumps({'error': message}).encode())
 
-    def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def _send(self, status: int, headers: dict[str, str], content: bytes, fault: str | None = None) -> None:
         self.send_response(status)
         for name, value in {**headers, 'Content-Length': str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == 'GET':
-            self.wfile.write(content)
+        if self.command == 'HEAD':
+            return
+        self.wfile.write(content[:len(content) // 2] if fault in ('drop', 'freeze') else content)
+        if fault == 'freeze':
+            self._say_no_more()
+        self.close_connection |= fault == 'drop'
+
+    def _say_no_more(self) -> None:
+        self.server.hub.stopped.wait(LIFETIME)
+        self.close_connection = True
 
     def log_message(self, *args) -> None:
         """Say nothing: `HubServer.requests` is the log."""
@@ -201,3 +255,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _etag(name: str, content: bytes) -> str:
+    """What the Hub gives large files, and those that git keeps itself."""
+    if name.endswith(('.safetensors', '.bin')):
+        return _sha(content)
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()

@@ -53,11 +53,11 @@ class Uploads:
         self._reply({})
 
     def _create(self, repo_id: str) -> None:
+        answer = {'url': f'{self.server.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id}
         if repo_id in self.server.hub.repositories:
-            return self._refuse('', 'You already created this model repo', 409)
-        folder = Path(tempfile.mkdtemp(dir=self.server.hub.scratch))
-        self.server.hub.add(repo_id, folder)
-        self._reply({'url': f'{self.server.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id})
+            return self._reply({'error': 'You already created this model repo', **answer}, 409)
+        self.server.hub.add(repo_id, Path(tempfile.mkdtemp(dir=self.server.hub.scratch)))
+        self._reply(answer)
 
     def _commit(self, repo_id: str, lines: list[dict]) -> None:
         hub, repository = self.server.hub, self.server.hub.repositories[repo_id]
@@ -73,5 +73,5 @@ class Uploads:
         self._reply({'commitUrl': f'{hub.url}/{repo_id}/commit/{commit}', 'commitOid': commit, 'success': True,
                      'hookOutput': ''})
 
-    def _reply(self, answer: dict) -> None:
-        self._send(200, {'Content-Type': 'application/json'}, json.dumps(answer).encode(), always=True)
+    def _reply(self, answer: dict, status: int = 200) -> None:
+        self._send(status, {'Content-Type': 'application/json'}, json.dumps(answer).encode())

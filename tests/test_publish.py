@@ -198,9 +198,9 @@ def test_a_generation_is_the_teacher_of_the_next(image_folder, tmp_path):
         assert f'teacher hf-hub:me/second@{commit}' in third.stderr and 'AI-KD: epoch 1' in third.stderr
         run('-m', 'timm_aikd', 'push', tmp_path / 'three', 'me/third', '--to-folder', tmp_path / 'third', **environment)
         loaded = run('-c', LOAD, 'hf-hub:me/second', **environment).stdout
-        files = hub.repositories['me/second'].files(commit)
-    card = ModelCard(files['README.md'].read_text())
-    assert 'class0' in files['config.json'].read_text() and card.data.base_model is None
+        files = {name: path.read_bytes() for name, path in hub.repositories['me/second'].files(commit).items()}
+    card = ModelCard(files['README.md'].decode())
+    assert b'class0' in files['config.json'] and card.data.base_model is None and files['curves.png'][1:4] == b'PNG'
     third_card = ModelCard((tmp_path / 'third' / 'README.md').read_text())
     assert third_card.data.base_model == ['me/second'] and f'hf-hub:me/second@{commit}' in third_card.text
     for text in (card.content, third_card.content):
@@ -209,6 +209,36 @@ def test_a_generation_is_the_teacher_of_the_next(image_folder, tmp_path):
     second.load_state_dict(load_state_dict(tmp_path / 'two' / 'model_best.pth.tar', use_ema=True))
     input = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert json.loads(loaded) == logits(second, input).tolist()
+
+
+def test_what_the_hub_does_not_take_is_said_in_one_line(tmp_path):
+    save_run(tmp_path / 'run', source(1), state())
+    with HubServer() as hub:
+        for fragment, changed in {
+                'log in with `hf auth login` or HF_TOKEN': {},
+                'use one that may': {'HF_TOKEN': 'hf_a_token_to_read'},
+                'unset HF_HUB_OFFLINE': {'HF_TOKEN': 'hf_a_token', 'HF_HUB_OFFLINE': '1'},
+                'check the network and HF_ENDPOINT': {'HF_TOKEN': 'hf_a_token', 'HF_ENDPOINT': 'http://127.0.0.1:1'},
+        }.items():
+            hub.read_only = 'HF_TOKEN' in changed
+            done = run('-m', 'timm_aikd', 'push', tmp_path / 'run', 'me/net', check=False, **{
+                **hub.environment(tmp_path / 'home'), **changed})
+            line, = done.stderr.splitlines()
+            assert done.returncode == 1 and line.startswith('error: push me/net: the Hub did not take it')
+            assert fragment in line and len(line) <= 300 and 'hf_a_token' not in line
+        assert not hub.repositories and not hub.objects
+
+
+def test_a_second_push_replaces_the_first(tmp_path):
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path / 'home'), 'HF_TOKEN': 'hf_a_token'}
+        for seed in (1, 2):
+            save_run(tmp_path / 'run', source(seed), state())
+            run('-m', 'timm_aikd', 'push', tmp_path / 'run', 'me/net', **environment)
+        folder = hub.repositories['me/net'].folders[hub.repositories['me/net'].commit('main')]
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    input = torch.randn(2, 3, 32, 32)
+    assert torch.equal(logits(again, input), logits(source(2), input))
 
 
 LOAD = """

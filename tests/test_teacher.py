@@ -1,8 +1,6 @@
 """From a spec to a frozen, checked teacher: every form of it, the numbers it answers with, and each refusal."""
 import argparse
 import copy
-import http.client
-import json
 import logging
 import math
 import os
@@ -23,10 +21,6 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from timm_aikd import AikdError, Teacher, load_teacher
 from timm_aikd.source import parse_spec
 from timm_aikd.teacher import better_than_chance
-
-from .conftest import run
-from .distributed import spawn
-from .hub import HubServer
 
 CLASSES = ('ant', 'bee', 'cat', 'dog', 'elk')
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}  # as test_resnet's own
@@ -69,6 +63,13 @@ def assert_same_weights(model, expected):
         assert torch.equal(x, y), name
 
 
+@pytest.fixture(autouse=True)
+def as_it_was_saved(monkeypatch):
+    """No folding and no other layout: answers are compared to the last bit. test_inference.py is about those."""
+    monkeypatch.setattr('timm_aikd.teacher.folded', lambda model: (model, []))
+    monkeypatch.setattr('timm_aikd.teacher.forward_layout', lambda *_: torch.preserve_format)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty working directory, so that specs are as short as their users write them."""
@@ -81,131 +82,7 @@ def student():
     return source(9)
 
 
-# the Hub, in processes of their own: its client reads the environment once, when it is imported
-
-LOAD = """
-import json, sys, time
-import huggingface_hub
-import timm
-import torch
-from timm_aikd import AikdError, load_teacher
-
-time.sleep = lambda seconds: None  # the client's pauses between its attempts
-torch.set_num_threads(1)
-answers = {}
-for spec, num_classes in json.load(open(sys.argv[1])).items():
-    try:
-        teacher = load_teacher(spec, student=timm.create_model('test_resnet', num_classes=num_classes))
-        answers[spec] = teacher(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))).tolist()
-    except AikdError as error:
-        answers[spec] = str(error)
-if len(sys.argv) > 2:
-    answers['sha'] = huggingface_hub.HfApi().model_info('org/net', revision='v2').sha
-    answers['files'] = huggingface_hub.list_repo_files('org/net')
-    answers['tree'] = [entry.path for entry in huggingface_hub.HfApi().list_repo_tree('org/net', revision='v2')]
-print(json.dumps(answers))
-"""
-
-REFUSED_ONLINE = {
-    'hf-hub:org/missing': 'no such repository on the Hub, or a private one: check the name, or set HF_TOKEN',
-    'hf-hub:org/gated': 'gated; accept its terms',
-    'hf-hub:org/net@v3': 'no such branch, tag or commit',
-    'hf-hub:org/empty': 'has no config.json',
-    'hf-hub:org/unweighted': 'has no pytorch_model.bin',
-    'hf-hub:org/foreign': 'could not be loaded as a timm model',
-    'hf-hub:org/broken': 'or give the teacher as local-dir:PATH or a weights file',
-    'hf-hub:org/a--b': 'Cannot have -- or ..',
-    'test_vit2': 'no such repository',
-    'resnet18.no_such_tag': 'no_such_tag',
-}
-OFFLINE = ('hf-hub:org/net', 'hf-hub:org/net@v2', 'test_resnet')
-REFUSED_OFFLINE = {
-    'hf-hub:org/gated': 'not in the cache',
-    'hf-hub:org/net@v3': 'unset HF_HUB_OFFLINE',
-    'test_vit2': 'point HF_HOME at a filled cache',
-}
-
-
-@pytest.fixture(scope='module')
-def hub(tmp_path_factory):
-    """What teachers from the Hub answer, or why there are none: online, then offline from the cache filled before."""
-    folder = tmp_path_factory.mktemp('hub')
-    models = {'main': source(1), 'v2': source(2), 'imagenet': source(3, num_classes=1000)}
-    for name, model in models.items():
-        save_for_hf(model, folder / name, safe_serialization=True)
-    for name in ('empty', 'unweighted', 'foreign'):
-        (folder / name).mkdir()
-    (folder / 'empty' / 'README.md').write_text('nothing here')
-    (folder / 'unweighted' / 'config.json').write_bytes((folder / 'main' / 'config.json').read_bytes())
-    (folder / 'foreign' / 'config.json').write_text('{"architectures": ["BertModel"], "hidden_size": 8}')
-
-    def load(specs, *options, offline=False):
-        (folder / 'specs').write_text(json.dumps(specs))
-        environment = server.environment(folder / 'home', offline)
-        return json.loads(run('-c', LOAD, folder / 'specs', *options, **environment).stdout)
-
-    with HubServer() as server:
-        server.add('org/net', folder / 'main')
-        commit = server.add('org/net', folder / 'v2', revision='v2')
-        server.add('timm/test_resnet.r160_in1k', folder / 'imagenet')
-        server.add('org/gated', folder / 'main', gated=True)
-        server.add('org/broken', folder / 'main', broken=True)
-        for name in ('empty', 'unweighted', 'foreign'):
-            server.add(f'org/{name}', folder / name)
-        found = {'hf-hub:org/net': 5, 'hf-hub:org/net@v2': 5, f'hf-hub:org/net@{commit}': 5, 'test_resnet': 1000}
-        online = load({**found, **dict.fromkeys(REFUSED_ONLINE, 5)}, 'with the interface')
-        requests = list(server.requests)
-        offline = load({**found, **dict.fromkeys(REFUSED_OFFLINE, 5)}, offline=True)
-        assert len(server.requests) == len(requests)
-    answers = {name: model(batch()).tolist() for name, model in models.items()}
-    return argparse.Namespace(online=online, offline=offline, answers=answers, commit=commit, requests=requests)
-
-
-@pytest.mark.parametrize('where', ['online', 'offline'])
-def test_a_hub_teacher_is_the_revision_asked_for(hub, where):
-    answers = getattr(hub, where)
-    assert answers['hf-hub:org/net'] == hub.answers['main']
-    assert answers['hf-hub:org/net@v2'] == answers[f'hf-hub:org/net@{hub.commit}'] == hub.answers['v2']
-    assert answers['test_resnet'] == hub.answers['imagenet']
-    assert hub.answers['main'] != hub.answers['v2']
-
-
-@pytest.mark.parametrize('where, spec', [
-    *(('online', spec) for spec in REFUSED_ONLINE), *(('offline', spec) for spec in REFUSED_OFFLINE)])
-def test_what_the_hub_refuses_is_said_in_one_line(hub, where, spec):
-    fragment = {'online': REFUSED_ONLINE, 'offline': REFUSED_OFFLINE}[where][spec]
-    assert_one_line(getattr(hub, where)[spec], spec, fragment)
-
-
-def test_the_stand_in_answers_as_the_hub_does(hub):
-    assert hub.online['sha'] == hub.commit
-    assert sorted(hub.online['files']) == sorted(hub.online['tree']) == ['config.json', 'model.safetensors']
-    for revision in ('main', 'v2'):
-        assert f'GET /org/net/resolve/{revision}/model.safetensors' in hub.requests
-    assert not any('/org/gated/' in request and request.startswith('GET') for request in hub.requests)
-
-
-def test_the_stand_in_serves_parts_of_a_file(folder):
-    (folder / 'net').mkdir()
-    (folder / 'net' / 'weights').write_bytes(bytes(range(100)))
-    with HubServer() as server:
-        server.add('org/net', folder / 'net')
-        client = http.client.HTTPConnection(server.url.removeprefix('http://'), timeout=10)
-        for asked, status, body in (
-                ('bytes=90-', 206, bytes(range(90, 100))),
-                ('bytes=3-5', 206, bytes([3, 4, 5])),
-                ('bytes=100-', 416, b''),
-        ):
-            client.request('GET', '/org/net/resolve/main/weights', headers={'Range': asked})
-            response = client.getresponse()
-            assert (response.status, response.read()) == (status, body)
-        client.request('GET', '/org/net/resolve/main/..%2Fsecret')
-        assert client.getresponse().headers['X-Error-Code'] == 'EntryNotFound'
-        client.close()
-        assert len(server.requests) == 4
-
-
-# the other forms
+# the forms of a spec
 
 def test_none_is_no_teacher(student):
     assert load_teacher('none', student=student) is None
@@ -567,31 +444,6 @@ def test_names_of_another_vocabulary_are_ignored_with_a_warning(folder, student,
     assert "'n01'" in warning and "'ant'" in warning and 'same order is assumed' in warning
 
 
-def _rank_loads(rank, spec):
-    student = timm.create_model('test_resnet', num_classes=5)
-    try:
-        teacher = load_teacher(spec, student=student)
-    except AikdError as error:
-        return str(error)
-    return teacher.name, sum(p.double().sum().item() for p in teacher.parameters())
-
-
-@pytest.mark.filterwarnings('ignore::FutureWarning')
-def test_one_rank_a_host_downloads_and_all_fail_alike(tmp_path, monkeypatch):
-    model = timm.create_model('test_resnet', num_classes=5)
-    save_for_hf(model, tmp_path / 'repo', safe_serialization=True)
-    with HubServer() as server:
-        commit = server.add('org/five', tmp_path / 'repo')
-        for name, value in server.environment(tmp_path / 'home').items():
-            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        first, second = spawn(_rank_loads, 2, 'hf-hub:org/five')
-        weights = sum(p.double().sum().item() for p in model.parameters())
-        assert first == second == (f'hf-hub:org/five@{commit}', weights)
-        assert sum(request.startswith('GET') and 'model.safetensors' in request for request in server.requests) == 1
-        first, second = spawn(_rank_loads, 2, 'hf-hub:org/nobody')
-        assert first == second and 'no such repository' in first
-
-
 # refusals
 
 def assert_one_line(error, spec, *fragments):
@@ -678,12 +530,22 @@ def test_a_folder_with_a_truncated_file_is_refused(folder, student, name, kept):
     refused('local-dir:kept', student, 'weights')
 
 
-@pytest.mark.parametrize('config', ['', '[]', '{}', 'null', '{"architecture": "no_such_net"}', '{"architecture": 3}', (
-    '{"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": {}, "model_args": {"no_such_argument": 1}}')])
-def test_a_folder_with_a_config_of_something_else_is_refused(folder, student, config):
+@pytest.mark.parametrize('config, fragment', [
+    ('', 'is not JSON'),
+    ('{"architecture": "test_resnet"', 'is not JSON'),
+    ('[]', 'names no architecture'),
+    ('{}', 'names no architecture'),
+    ('null', 'names no architecture'),
+    ('{"architecture": 3}', 'names no architecture'),
+    ('{"architecture": "no_such_net"}', "'no_such_net', which timm"),
+    ('{"architecture": "test_resnet", "pretrained_cfg": 7}', 'could not be loaded as a timm model'),
+    ('{"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": {}, "model_args": {"no_such_argument": 1}}', (
+        'could not be loaded as a timm model')),
+])
+def test_a_folder_with_a_config_of_something_else_is_refused(folder, student, config, fragment):
     save_for_hf(source(1), 'kept', safe_serialization=True)
     (folder / 'kept' / 'config.json').write_text(config)
-    refused('local-dir:kept', student, 'could not be loaded as a timm model')
+    refused('local-dir:kept', student, fragment)
 
 
 class Payload:

@@ -146,6 +146,7 @@ class Aikd(nn.Module):
             _logger.warning(
                 f'AI-KD: T_c ran into the end of its range, {TEMPERATURE_RANGE}: these images cannot tell it; '
                 f'set --aikd-teacher-temperature')
+        self.teacher.settle()
         logits = logits / temperature
         confidence, correct = top1(logits, target)
         self.teacher_metrics = {
@@ -286,6 +287,7 @@ class Aikd(nn.Module):
         counts = torch.stack([self._chance_correct, self._chance_correct.new_tensor(float(self._chance_seen))])
         correct, count = map(int, sum_over_ranks(counts).tolist())
         self._chance_seen = None
+        self.teacher.settle()
         if not better_than_chance(correct, count, self.num_classes):
             raise AikdError(
                 f'AI-KD: teacher {self.teacher.name} is right on {100 * correct / count:.1f} % of the first {count} '

@@ -32,7 +32,8 @@ class AikdConfig:
         None, 'architecture of a bare weights file (default: the one stored in it, else --model)',
         type=str, metavar='NAME')
     teacher_dtype: str = _option(
-        'auto', 'precision the teacher runs in; auto: as the student',
+        'auto', 'precision the teacher runs in; auto: as the student, but bfloat16 where that is float32, the hardware '
+        'is faster in bfloat16 and at least 99.5 % of the top-1 on the first samples stay the same',
         choices=('auto', 'float32', 'bfloat16', 'float16'))
     teacher_size: int | None = _option(
         None, 'height and width in pixels that the teacher\'s input is resized to (default: as the student\'s, or what '

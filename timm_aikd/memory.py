@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from . import AikdError
+from .inference import Pairs, folded, forward_layout, load_folded_
 from .ranks import barrier, group_device, rank, sum_over_ranks
 from .records import RecordFormat, stamp_at
 from .table import HostTable, size_text
@@ -39,6 +40,7 @@ class SnapshotMemory(nn.Module):
     def __init__(self):
         super().__init__()
         self.model: nn.Module | None = None
+        self._folded: Pairs = []
         self._compile_kwargs: dict | None = None
 
     def train(self, mode: bool = True) -> 'SnapshotMemory':
@@ -60,11 +62,13 @@ class SnapshotMemory(nn.Module):
     def remember(self, student: nn.Module) -> None:
         """Take over the weights and buffers of the (unwrapped) student."""
         if self.model is not None:
-            self.model.load_state_dict(student.state_dict())
+            load_folded_(self.model, self._folded, student)
             return
-        self.model = copy.deepcopy(student).requires_grad_(False).eval()
-        if hasattr(self.model, 'set_grad_checkpointing'):
-            self.model.set_grad_checkpointing(False)  # nothing is kept for a backward, so nothing is recomputed
+        model = copy.deepcopy(student).requires_grad_(False).eval()
+        if hasattr(model, 'set_grad_checkpointing'):
+            model.set_grad_checkpointing(False)  # nothing is kept for a backward, so nothing is recomputed
+        model, self._folded = folded(model)
+        self.model = model.to(memory_format=forward_layout(next(model.parameters()).device, student))
         if self._compile_kwargs is not None:
             self.model.compile(**self._compile_kwargs)
 

@@ -60,22 +60,26 @@ def first_on_each_host(function: Callable[[], Any]) -> Any:
     """Call a function on all ranks, but let the first of each host be done before the others of it begin.
 
     Raises:
-        AikdError: On all ranks, the first that one of them met.
+        AikdError: On all ranks, the first that one of them met. What else a rank meets passes through there, and is an
+            AikdError that tells of it on the others.
     """
     if not is_distributed():
         return function()
     hosts = gather_objects(this_host())
     is_first = hosts.index(hosts[rank()]) == rank()
-    value = error = None
+    value = failure = message = None
     for is_turn in (is_first, not is_first):
         if is_turn:
             try:
                 value = function()
-            except AikdError as failure:
-                error = str(failure)
-        for met in gather_objects(error):
-            if met is not None:
-                raise AikdError(met)
+            except Exception as error:
+                failure, message = error, str(error)
+                if not isinstance(error, AikdError):
+                    text = ' '.join(message.split())[:100]
+                    message = f'rank {rank()} failed ({type(error).__name__}: {text}): see what it says itself'
+        met = [each for each in gather_objects(message) if each is not None]
+        if met:
+            raise AikdError(met[0]) if failure is None or isinstance(failure, AikdError) else failure
     return value
 
 

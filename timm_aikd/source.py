@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict, create_model, is_model
 
 from . import AikdError
+from .hub import careful_downloads, check_config, explain, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -72,10 +73,18 @@ def parse_spec(spec: str) -> tuple[str, str]:
 
 
 def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A published model with its own weights, and its config.
+
+    Raises:
+        AikdError: It cannot be had, or is not timm's.
+    """
     try:
-        model = create_model(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
+        if kind == 'local-dir':
+            check_config(Path(value) / 'config.json')
+        with careful_downloads():
+            model = create_model(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
     except Exception as error:
-        raise _explain(error, spec) from error
+        raise explain(error, spec) from error
     return model, model.pretrained_cfg
 
 
@@ -94,35 +103,6 @@ def pinned(spec: str) -> str:
     if not isinstance(try_to_load_from_cache(repository, 'model.safetensors', revision=commit), str):
         _logger.info(f'AI-KD: {spec} has no safetensors; its pickled weights are read as tensors only')
     return f'hf-hub:{repository}@{commit}'
-
-
-def _explain(error: Exception, spec: str) -> AikdError:
-    """Whatever stopped the Hub client or timm, as one line with a remedy."""
-    from huggingface_hub import errors as hub
-
-    name = spec
-    elsewhere = 'or give the teacher as local-dir:PATH or a weights file'
-    if isinstance(error, hub.GatedRepoError):
-        return AikdError(f'{name}: is gated; accept its terms on the Hub, then log in with `hf auth login` or HF_TOKEN')
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return AikdError(f'{name}: no such repository on the Hub, or a private one: check the name, or set HF_TOKEN')
-    if isinstance(error, hub.RevisionNotFoundError):
-        return AikdError(f'{name}: the repository has no such branch, tag or commit: check what follows the @')
-    if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)):
-        return AikdError(
-            f'{name}: not in the cache, and the Hub is offline or out of reach: unset HF_HUB_OFFLINE, check the '
-            f'network and HF_ENDPOINT, point HF_HOME at a filled cache, {elsewhere}')
-    if isinstance(error, hub.EntryNotFoundError):
-        file = str(error.response.url).rpartition('/')[2]
-        return AikdError(f'{name}: the repository has no {file}, which a timm model needs; choose another')
-    return AikdError(
-        f'{name}: could not be loaded as a timm model with pretrained weights ({type(error).__name__}: '
-        f'{_one_line(error)}); check it, try again, {elsewhere}')
-
-
-def _one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 100 else f'{text[:97]}...'
 
 
 def load_model(spec: str, model_name: str | None = None) -> tuple[nn.Module, dict[str, Any] | None, bool]:
@@ -177,7 +157,7 @@ def build(
     try:
         config = create_model(name, **kwargs).pretrained_cfg
     except Exception as error:
-        raise AikdError(f'{path}: no such architecture {name!r} ({_one_line(error)}); {_NAME_IT}') from error
+        raise AikdError(f'{path}: no such architecture {name!r} ({one_line(error)}); {_NAME_IT}') from error
     num_classes = _length(weights, config.get('classifier'), 0, default=num_classes)
     kwargs['in_chans'] = _length(weights, config.get('first_conv'), 1, default=arguments.get('in_chans') or 3)
     *_, height, width = arguments.get('input_size') or [arguments.get('img_size')] * 2

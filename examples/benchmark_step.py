@@ -1,0 +1,261 @@
+"""What a training step costs, as ratios of one run: AI-KD, timm's distillation and torchdistill on the same batches.
+
+    python examples/benchmark_step.py [--models resnet18 ...] [--threads 1 2] [--rounds 15] [--compile] [--growth]
+
+Every method has a copy of the student and its own SGD; the methods take turns, one step each a round, in an order that
+changes from round to round. Printed are medians over the rounds of the ratio within a round, with their quartiles.
+`--growth` prints instead what the package adds beyond the forwards as classes, batch and ranks grow.
+"""
+import argparse
+import copy
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import ClassificationTask, LogitDistillationTask
+
+from timm_aikd import Aikd, AikdConfig, AikdTask, RecordFormat, StoreMemory, Teacher, load_teacher
+
+CASES = {  # model -> pixels, batch
+    'resnet18': (64, 32),
+    'resnet50': (224, 32),
+    'convnext_atto': (96, 32),
+    'vit_tiny_patch16_224': (224, 16),
+}
+CLASSES, LR = 1000, 1e-3
+
+
+class Method:
+    """A student and what takes one training step of it."""
+
+    def __init__(self, name: str, step: Callable[[], None]):
+        self.name, self.step, self.seconds = name, step, []
+
+    def timed_step(self) -> None:
+        start = time.perf_counter()
+        self.step()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def task_method(name: str, task: nn.Module, *batch, compiled: bool = False, index=None) -> Method:
+    if compiled:
+        task.compile()
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=LR)
+    extra = () if index is None else (index,)
+
+    def step() -> None:
+        task(*batch, *extra)['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Method(name, step)
+
+
+def aikd_method(name: str, student, spec: str, input, target, compiled: bool, dtype='float32', **options) -> Method:
+    task = AikdTask(
+        student, nn.CrossEntropyLoss(), epochs=2, teacher=load_teacher(spec, student, dtype=dtype),
+        config=AikdConfig(teacher_temperature=2., **options), verbose=False)
+    index = None
+    if task.aikd.memory is not None and options.get('memory') == 'store':
+        samples = len(target)
+        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
+        index = torch.arange(samples)
+    method = task_method(name, task, input, target, compiled=compiled, index=index)
+    if task.aikd.memory is not None:
+        task.begin_epoch(0)
+        method.step()  # the store's first predictions
+        task.end_epoch()
+    task.begin_epoch(1)
+    return method
+
+
+def torchdistill_method(student, teacher, input, target) -> Method | None:
+    try:
+        from torch.utils.data import SequentialSampler, TensorDataset
+        from torchdistill.core.distillation import get_distillation_box
+    except ImportError:
+        return None
+    layer = student.pretrained_cfg['classifier']
+    loader = {'dataset_id': 'data', 'sampler': {'class_or_func': SequentialSampler, 'kwargs': {}},
+              'kwargs': {'batch_size': len(input)}}
+    net = {'forward_proc': 'forward_batch_only', 'sequential': [], 'forward_hook': {'input': [], 'output': [layer]}}
+    where = {f'{who}_module_{what}': value for who in ('student', 'teacher')
+             for what, value in (('path', layer), ('io', 'output'))}
+    loss = {'key': 'KDLoss', 'kwargs': {**where, 'temperature': 2., 'alpha': 0.5, 'reduction': 'batchmean'}}
+    box = get_distillation_box(copy.deepcopy(teacher), student, {'data': TensorDataset(input, target)}, {
+        'num_epochs': 1, 'train_data_loader': loader, 'val_data_loader': loader,
+        'teacher': {**net, 'requires_grad': False}, 'student': {**net, 'requires_grad': True},
+        'optimizer': {'key': 'SGD', 'kwargs': {'lr': LR}},
+        'criterion': {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': loss, 'weight': 1.}}}},
+    }, torch.device('cpu'), None, False, 1)
+    box.pre_epoch_process(epoch=0)
+
+    def step() -> None:
+        box.post_forward_process(box.forward_process(input, target, {}))
+    return Method('torchdistill, kd', step)
+
+
+def methods_of(model: str, size: int, batch: int, compiled: bool, folder: str) -> list[Method]:
+    torch.manual_seed(0)
+    options = {'img_size': size} if 'vit' in model else {}
+    student = timm.create_model(model, num_classes=CLASSES, **options)
+    teacher = copy.deepcopy(student).eval()
+    timm.models.save_for_hf(teacher, folder, safe_serialization=True, model_args=options)
+    input, target = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+
+    def new() -> nn.Module:
+        return copy.deepcopy(student).train()
+
+    def aikd(name: str, **options) -> Method:
+        return aikd_method(name, new(), f'local-dir:{folder}', input, target, compiled, **options)
+
+    alone = copy.deepcopy(teacher)
+    if compiled:
+        alone.compile()
+
+    @torch.no_grad()
+    def forward() -> None:
+        alone(input)
+
+    methods = [
+        task_method(
+            'plain', ClassificationTask(new(), nn.CrossEntropyLoss(), verbose=False), input, target, compiled=compiled),
+        task_method(
+            'timm, kd',
+            LogitDistillationTask(new(), copy.deepcopy(teacher), nn.CrossEntropyLoss(), temperature=2., verbose=False),
+            input, target, compiled=compiled),
+        Method('teacher forward', forward),
+        None if compiled else torchdistill_method(new(), teacher, input, target),
+        aikd('AI-KD, kd', alpha=0., adv_weight=0.),
+        aikd('AI-KD, store', memory='store'),
+        aikd('AI-KD, snapshot', memory='snapshot'),
+        aikd('AI-KD, store, bfloat16 teacher', memory='store', dtype='bfloat16'),
+    ]
+    return [method for method in methods if method is not None]
+
+
+def take_turns(methods: list[Method], rounds: int) -> None:
+    order = list(methods)
+    for method in methods:
+        method.step()
+        method.step()
+    for _ in range(rounds):
+        random.shuffle(order)
+        for method in order:
+            method.timed_step()
+
+
+def ratio(method: Method, *others: Method) -> str:
+    """Median and quartiles over the rounds of this method's time by the sum of the others'."""
+    ratios = [own / sum(rest) for own, *rest in zip(method.seconds, *(other.seconds for other in others), strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f'{middle:.3f} ({low:.3f} to {high:.3f})'
+
+
+def compare(models: list[str], threads: list[int], rounds: int, compiled: bool) -> None:
+    print('| model | threads | method | ms a step | of a plain step | of timm\'s kd | of that + a teacher forward |')
+    print('|---|---|---|---|---|---|---|')
+    for model in models:
+        for count in threads:
+            torch.set_num_threads(count)
+            torch.compiler.reset()
+            with tempfile.TemporaryDirectory() as folder:
+                methods = methods_of(model, *CASES[model], compiled, folder)
+            take_turns(methods, rounds)
+            named = {method.name: method for method in methods}
+            plain, kd, forward = (named[name] for name in ('plain', 'timm, kd', 'teacher forward'))
+            for method in methods:
+                size, batch = CASES[model]
+                print(
+                    f'| {model}, {size} px, {batch} | {count} | {method.name} | '
+                    f'{1000 * statistics.median(method.seconds):.1f} | {ratio(method, plain)} | {ratio(method, kd)} | '
+                    f'{ratio(method, kd, forward)} |', flush=True)
+
+
+def added(classes: int, batch: int, memory: str, rounds: int = 30, **options) -> float:
+    """Milliseconds a step that AI-KD adds beyond the forwards: losses, D, memory, bookkeeping, all backwards."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(batch, classes))
+    target = torch.randint(classes, (batch,))
+    answer = torch.randn(batch, classes) + 9. * F.one_hot(target, classes)  # better than chance, or the run would stop
+    teacher = nn.Module()
+    teacher.forward = lambda input: answer
+    student = nn.Module()
+    student.forward = lambda input: answer
+    aikd = Aikd(classes, Teacher(teacher), AikdConfig(teacher_temperature=2., memory=memory, **options), epochs=2)
+    index = None
+    if memory == 'store':
+        aikd.use_memory(StoreMemory(RecordFormat(classes), batch))
+        index = torch.arange(batch).numpy()
+
+    def loss(with_aikd: bool) -> None:
+        task_loss = F.cross_entropy(weight, target)
+        (aikd(answer, weight, target, task_loss, index)['loss'] if with_aikd else task_loss).backward()
+        weight.grad = None
+
+    for epoch in (0, 1):
+        aikd.begin_epoch(epoch, student)
+        loss(True)
+        if epoch == 0:
+            aikd.end_epoch()
+    ours, plain = Method('ours', lambda: loss(True)), Method('plain', lambda: loss(False))
+    take_turns([ours, plain], rounds)
+    return 1000 * (statistics.median(ours.seconds) - statistics.median(plain.seconds))
+
+
+def growth(rounds: int) -> None:
+    torch.set_num_threads(1)
+    print('\nms a step beyond the forwards, one thread\n')
+    print('| classes | batch | store | snapshot | kd only |')
+    print('|---|---|---|---|---|')
+    for classes, batch in ((10, 32), (100, 32), (1000, 8), (1000, 32), (1000, 128), (1000, 512), (21841, 32)):
+        cells = [
+            added(classes, batch, 'store', rounds), added(classes, batch, 'snapshot', rounds),
+            added(classes, batch, 'snapshot', rounds, alpha=0., adv_weight=0.)]
+        print(f'| {classes:,} | {batch} | ' + ' | '.join(f'{cell:.2f}' for cell in cells) + ' |', flush=True)
+    print('\nthe same at 1,000 classes and batch 32 a rank, ranks of one host, one thread each\n')
+    print('| ranks | store |')
+    print('|---|---|')
+    for ranks in (1, 2, 4):
+        queue = multiprocessing.get_context('spawn').SimpleQueue()
+        multiprocessing.spawn(_rank, (ranks, rounds, queue), nprocs=ranks)
+        print(f'| {ranks} | {queue.get():.2f} |', flush=True)
+
+
+def _rank(rank: int, ranks: int, rounds: int, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method='tcp://127.0.0.1:29577', rank=rank, world_size=ranks)
+    milliseconds = added(CLASSES, 32, 'store', rounds)
+    if rank == 0:
+        queue.put(milliseconds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--models', nargs='+', choices=list(CASES), default=list(CASES), help='what to train')
+    parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='threads to compute with')
+    parser.add_argument('--rounds', type=int, default=15, help='steps of each method')
+    parser.add_argument('--compile', action='store_true', help='with torch.compile')
+    parser.add_argument('--growth', action='store_true', help='how the costs grow')
+    args = parser.parse_args()
+    print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads at most; Python '
+          f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}\n')
+    random.seed(0)
+    if args.growth:
+        growth(args.rounds)
+    else:
+        compare(args.models, args.threads, args.rounds, args.compile)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,128 @@
+"""Networks that only ever run forward, made cheaper: BatchNorm folded into the convolution before it, and layout."""
+import copy
+from collections import Counter
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, Conv2dSame
+
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exactly: subclasses may do more to their weights
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+
+Pairs = list[tuple[str, str]]
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _NORMS) or super().is_leaf_module(module, name)
+
+
+def foldable(model: nn.Module) -> Pairs:
+    """Names of each BatchNorm's convolution and of itself, where nothing else sees what is between the two.
+
+    Args:
+        model: In eval mode; one that cannot be traced has none.
+    """
+    try:
+        nodes = _Tracer().trace(model).nodes
+    except Exception:  # control flow that depends on data, of as many kinds as there are models
+        return []
+    modules = dict(model.named_modules())
+    calls = Counter(node.target for node in nodes if node.op == 'call_module')
+    pairs = []
+    for node in nodes:
+        before = node.args[0] if node.op == 'call_module' and node.args else None
+        if not isinstance(before, torch.fx.Node) or before.op != 'call_module' or len(before.users) > 1:
+            continue
+        convolution, norm = modules[before.target], modules[node.target]
+        if type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_var is not None:
+            if calls[before.target] == calls[node.target] == 1:
+                pairs.append((before.target, node.target))
+    return pairs
+
+
+@torch.no_grad()
+def fold_(model: nn.Module, pairs: Pairs) -> None:
+    """Take the BatchNorms out, in place; `load_folded_` gives the convolutions their weights."""
+    for convolution, norm in pairs:
+        layer, old = model.get_submodule(convolution), model.get_submodule(norm)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels), requires_grad=False)
+        activation = nn.Sequential(old.drop, old.act) if isinstance(old, BatchNormAct2d) else nn.Identity()
+        parent, _, name = norm.rpartition('.')
+        setattr(model.get_submodule(parent), name, activation.eval())
+
+
+@torch.no_grad()
+def load_folded_(model: nn.Module, pairs: Pairs, source: nn.Module) -> None:
+    """Overwrite a folded model's weights in place with those of the model it was folded from."""
+    state, modules = source.state_dict(), dict(source.named_modules())
+    own = model.state_dict()
+    for convolution, norm in pairs:
+        weight, bias = own.pop(f'{convolution}.weight'), own.pop(f'{convolution}.bias')
+        scale = state[f'{norm}.running_var'].add(modules[norm].eps).rsqrt_()
+        shift = -state[f'{norm}.running_mean']
+        if f'{convolution}.bias' in state:
+            shift += state[f'{convolution}.bias']
+        if f'{norm}.weight' in state:
+            scale *= state[f'{norm}.weight']
+        shift *= scale
+        if f'{norm}.bias' in state:
+            shift += state[f'{norm}.bias']
+        torch.mul(state[f'{convolution}.weight'], scale.view(-1, 1, 1, 1), out=weight)
+        bias.copy_(shift)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def folded(model: nn.Module) -> tuple[nn.Module, Pairs]:
+    """A copy without the BatchNorms that can be folded, if it answers as the model does.
+
+    Args:
+        model: In eval mode, float32, with timm's `pretrained_cfg` to tell its input.
+
+    Returns:
+        The copy and the pairs that were folded; the model itself where there are none.
+    """
+    size = getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if not size or next(model.parameters()).dtype != torch.float32:
+        return model, []
+    pairs = foldable(copy.deepcopy(model))  # a trace may leave its marks
+    if not pairs:
+        return model, []
+    copied = copy.deepcopy(model)
+    fold_(copied, pairs)
+    load_folded_(copied, pairs, model)
+    input = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        expected, answer = (_in_double(each, input) for each in (model, copied))
+    except Exception:  # a model of another size, or a device without float64
+        return model, []
+    close = (answer - expected).abs().max() <= 1e-4 * expected.abs().max()
+    return (copied, pairs) if close else (model, [])
+
+
+@torch.no_grad()
+def _in_double(model: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    # in float32 a GPU may compute in TF32, whose errors are larger than those looked for
+    answer = copy.deepcopy(model).double()(input.to(next(model.parameters()).device))
+    return answer[0] if isinstance(answer, (tuple, list)) else answer
+
+
+def forward_layout(device: torch.device, like: nn.Module) -> torch.memory_format:
+    """Channels-last where that is known to be faster, on the CPU, and where another network has it."""
+    channels_last = any(
+        parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        and not parameter.is_contiguous() for parameter in like.parameters())
+    return torch.channels_last if device.type == 'cpu' or channels_last else torch.preserve_format
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 by itself, and so faster than in float32."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == 'cpu':  # functions that older versions of torch do not have
+        return any(
+            getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    return False
