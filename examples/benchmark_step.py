@@ -1,19 +1,23 @@
 """What a training step costs, as ratios of one run: AI-KD, timm's distillation and torchdistill on the same batches.
 
-    python examples/benchmark_step.py [--models resnet18 ...] [--threads 1 2] [--rounds 15] [--compile] [--growth]
+    python examples/benchmark_step.py [--models resnet18 ...] [--threads 1 2] [--rounds 15] [--compile]
+    python examples/benchmark_step.py --memory | --growth
 
-Every method has a copy of the student and its own SGD; the methods take turns, one step each a round, in an order that
+Every method has a copy of the student and an SGD; the methods take turns, one step each a round, in an order that
 changes from round to round. Printed are medians over the rounds of the ratio within a round, with their quartiles.
-`--growth` prints instead what the package adds beyond the forwards as classes, batch and ranks grow.
+`--memory` prints the peak memory of processes of their own, `--growth` what the package adds beyond the forwards as
+classes, batch and ranks grow.
 """
 import argparse
 import copy
 import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
@@ -27,11 +31,12 @@ from timm_aikd import Aikd, AikdConfig, AikdTask, RecordFormat, StoreMemory, Tea
 
 CASES = {  # model -> pixels, batch
     'resnet18': (64, 32),
-    'resnet50': (224, 32),
+    'resnet50': (224, 8),
     'convnext_atto': (96, 32),
     'vit_tiny_patch16_224': (224, 16),
 }
 CLASSES, LR = 1000, 1e-3
+TIMM = 'timm, kd'
 
 
 class Method:
@@ -103,12 +108,12 @@ def torchdistill_method(student, teacher, input, target) -> Method | None:
     return Method('torchdistill, kd', step)
 
 
-def methods_of(model: str, size: int, batch: int, compiled: bool, folder: str) -> list[Method]:
+def builders(model: str, size: int, batch: int, compiled: bool, folder: str) -> dict[str, Callable[[], Method | None]]:
+    """How to make each of the methods that are compared; all start from the same weights."""
     torch.manual_seed(0)
     options = {'img_size': size} if 'vit' in model else {}
     student = timm.create_model(model, num_classes=CLASSES, **options)
-    teacher = copy.deepcopy(student).eval()
-    timm.models.save_for_hf(teacher, folder, safe_serialization=True, model_args=options)
+    timm.models.save_for_hf(student, folder, safe_serialization=True, model_args=options)
     input, target = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
 
     def new() -> nn.Module:
@@ -117,29 +122,35 @@ def methods_of(model: str, size: int, batch: int, compiled: bool, folder: str) -
     def aikd(name: str, **options) -> Method:
         return aikd_method(name, new(), f'local-dir:{folder}', input, target, compiled, **options)
 
-    alone = copy.deepcopy(teacher)
-    if compiled:
-        alone.compile()
+    def plain() -> Method:
+        task = ClassificationTask(new(), nn.CrossEntropyLoss(), verbose=False)
+        return task_method('plain', task, input, target, compiled=compiled)
 
-    @torch.no_grad()
-    def forward() -> None:
-        alone(input)
+    def timm_kd() -> Method:
+        task = LogitDistillationTask(new(), new().eval(), nn.CrossEntropyLoss(), temperature=2., verbose=False)
+        return task_method(TIMM, task, input, target, compiled=compiled)
 
-    methods = [
-        task_method(
-            'plain', ClassificationTask(new(), nn.CrossEntropyLoss(), verbose=False), input, target, compiled=compiled),
-        task_method(
-            'timm, kd',
-            LogitDistillationTask(new(), copy.deepcopy(teacher), nn.CrossEntropyLoss(), temperature=2., verbose=False),
-            input, target, compiled=compiled),
-        Method('teacher forward', forward),
-        None if compiled else torchdistill_method(new(), teacher, input, target),
-        aikd('AI-KD, kd', alpha=0., adv_weight=0.),
-        aikd('AI-KD, store', memory='store'),
-        aikd('AI-KD, snapshot', memory='snapshot'),
-        aikd('AI-KD, store, bfloat16 teacher', memory='store', dtype='bfloat16'),
-    ]
-    return [method for method in methods if method is not None]
+    def forward() -> Method:
+        teacher = new().eval()
+        if compiled:
+            teacher.compile()
+
+        def step() -> None:
+            with torch.no_grad():
+                teacher(input)
+        return Method('teacher forward', step)
+
+    return {
+        'plain': plain,
+        TIMM: timm_kd,
+        'teacher forward': forward,
+        'torchdistill, kd': lambda: None if compiled else torchdistill_method(new(), new().eval(), input, target),
+        'AI-KD, kd': partial(aikd, 'AI-KD, kd', alpha=0., adv_weight=0.),
+        'AI-KD, store': partial(aikd, 'AI-KD, store', memory='store'),
+        'AI-KD, snapshot': partial(aikd, 'AI-KD, snapshot', memory='snapshot'),
+        'AI-KD, store, bfloat16 teacher': partial(
+            aikd, 'AI-KD, store, bfloat16 teacher', memory='store', dtype='bfloat16'),
+    }
 
 
 def take_turns(methods: list[Method], rounds: int) -> None:
@@ -168,16 +179,42 @@ def compare(models: list[str], threads: list[int], rounds: int, compiled: bool) 
             torch.set_num_threads(count)
             torch.compiler.reset()
             with tempfile.TemporaryDirectory() as folder:
-                methods = methods_of(model, *CASES[model], compiled, folder)
+                built = [build() for build in builders(model, *CASES[model], compiled, folder).values()]
+            methods = [method for method in built if method is not None]
             take_turns(methods, rounds)
             named = {method.name: method for method in methods}
-            plain, kd, forward = (named[name] for name in ('plain', 'timm, kd', 'teacher forward'))
+            plain, kd, forward = (named[name] for name in ('plain', TIMM, 'teacher forward'))
             for method in methods:
                 size, batch = CASES[model]
                 print(
                     f'| {model}, {size} px, {batch} | {count} | {method.name} | '
                     f'{1000 * statistics.median(method.seconds):.1f} | {ratio(method, plain)} | {ratio(method, kd)} | '
                     f'{ratio(method, kd, forward)} |', flush=True)
+
+
+def peaks(models: list[str]) -> None:
+    """Peak memory of processes that do nothing but one of the methods."""
+    print('| model, weights | method | peak MB | over timm, kd | in copies of the weights |')
+    print('|---|---|---|---|---|')
+    for model in models:
+        found = {}
+        for name in (TIMM, 'AI-KD, kd', 'AI-KD, store', 'AI-KD, snapshot'):
+            queue = multiprocessing.get_context('spawn').SimpleQueue()
+            multiprocessing.spawn(_peak, (model, name, queue))
+            found[name] = queue.get()
+        weights = 4e-6 * sum(tensor.numel() for tensor in timm.create_model(model).state_dict().values())
+        for name, peak in found.items():
+            more = peak - found[TIMM]
+            print(f'| {model}, {weights:.0f} MB | {name} | {peak:.0f} | {more:.0f} | {more / weights:.2f} |')
+
+
+def _peak(_, model: str, name: str, queue) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        method = builders(model, *CASES[model], False, folder)[name]()
+    for _ in range(3):
+        method.step()
+    queue.put(1e-3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def added(classes: int, batch: int, memory: str, rounds: int = 30, **options) -> float:
@@ -221,6 +258,12 @@ def growth(rounds: int) -> None:
             added(classes, batch, 'store', rounds), added(classes, batch, 'snapshot', rounds),
             added(classes, batch, 'snapshot', rounds, alpha=0., adv_weight=0.)]
         print(f'| {classes:,} | {batch} | ' + ' | '.join(f'{cell:.2f}' for cell in cells) + ' |', flush=True)
+    step = added(CLASSES, 32, 'store', rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = builders('resnet50', 224, 32, False, folder)['plain']()
+    take_turns([plain], 3)
+    seconds = statistics.median(plain.seconds)
+    print(f'\n{step:.2f} ms is {0.1 * step / seconds:.2f} % of a resnet50 step at 224 px, batch 32: {seconds:.2f} s')
     print('\nthe same at 1,000 classes and batch 32 a rank, ranks of one host, one thread each\n')
     print('| ranks | store |')
     print('|---|---|')
@@ -246,6 +289,7 @@ def main() -> None:
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='threads to compute with')
     parser.add_argument('--rounds', type=int, default=15, help='steps of each method')
     parser.add_argument('--compile', action='store_true', help='with torch.compile')
+    parser.add_argument('--memory', action='store_true', help='peak memory instead')
     parser.add_argument('--growth', action='store_true', help='how the costs grow')
     args = parser.parse_args()
     print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads at most; Python '
@@ -253,6 +297,8 @@ def main() -> None:
     random.seed(0)
     if args.growth:
         growth(args.rounds)
+    elif args.memory:
+        peaks(args.models)
     else:
         compare(args.models, args.threads, args.rounds, args.compile)
 

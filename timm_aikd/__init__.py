@@ -8,8 +8,10 @@ The files, in reading order:
     records        what is kept of a prediction
     table          one table of records a host
     memory         the student's predictions of the previous epoch: a snapshot of it, or such a table
+    hub            timm's loads from the Hub: whole files in bounded time, or one line that says why not
     source         a teacher spec (Hub id, folder, file, timm model name) -> a model with its own weights
     classes        which of its outputs are the student's classes
+    inference      networks that only run forward, made cheaper; for teacher and snapshot
     teacher        that model frozen, checked against the student and fed as it was trained
     calibration    temperature scaling, ECE, AURC
     config         every option, once

@@ -44,11 +44,11 @@ def foldable(model: nn.Module) -> Pairs:
 
 @torch.no_grad()
 def fold_(model: nn.Module, pairs: Pairs) -> None:
-    """Take the BatchNorms out, in place; `load_folded_` gives the convolutions their weights."""
+    """Take the BatchNorms out, in place; `load_folded_` gives the convolutions their new weights."""
     for convolution, norm in pairs:
         layer, old = model.get_submodule(convolution), model.get_submodule(norm)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels), requires_grad=False)
+        layer.bias = nn.Parameter(layer.weight.new_empty(layer.out_channels), requires_grad=False)
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
         activation = nn.Sequential(old.drop, old.act) if isinstance(old, BatchNormAct2d) else nn.Identity()
         parent, _, name = norm.rpartition('.')
         setattr(model.get_submodule(parent), name, activation.eval())
@@ -77,36 +77,49 @@ def load_folded_(model: nn.Module, pairs: Pairs, source: nn.Module) -> None:
 
 
 def folded(model: nn.Module) -> tuple[nn.Module, Pairs]:
-    """A copy without the BatchNorms that can be folded, if it answers as the model does.
+    """The same model without the BatchNorms that can be folded, if it answers as before.
 
     Args:
-        model: In eval mode, float32, with timm's `pretrained_cfg` to tell its input.
+        model: In eval mode, float32, with timm's `pretrained_cfg` to tell its input; left as it is.
 
     Returns:
-        The copy and the pairs that were folded; the model itself where there are none.
+        A new module, which shares with the model the tensors that are not folded, and the pairs that were; the model
+        itself where there are none.
     """
     size = getattr(model, 'pretrained_cfg', {}).get('input_size')
     if not size or next(model.parameters()).dtype != torch.float32:
         return model, []
-    pairs = foldable(copy.deepcopy(model))  # a trace may leave its marks
+    pairs = foldable(_sharing(model))  # a trace may leave its marks
     if not pairs:
         return model, []
-    copied = copy.deepcopy(model)
+    copied = _sharing(model)
     fold_(copied, pairs)
     load_folded_(copied, pairs, model)
     input = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         expected, answer = (_in_double(each, input) for each in (model, copied))
-    except Exception:  # a model of another size, or a device without float64
+    except Exception:  # a model of another size, or that keeps tensors where nobody finds them
         return model, []
     close = (answer - expected).abs().max() <= 1e-4 * expected.abs().max()
     return (copied, pairs) if close else (model, [])
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the structure alone."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model).values()})
+
+
 @torch.no_grad()
 def _in_double(model: nn.Module, input: torch.Tensor) -> torch.Tensor:
-    # in float32 a GPU may compute in TF32, whose errors are larger than those looked for
-    answer = copy.deepcopy(model).double()(input.to(next(model.parameters()).device))
+    # in float32 a GPU may compute in TF32, whose errors are larger than those looked for; its memory may be full
+    tensors = {
+        name: tensor.to('cpu', torch.float64 if tensor.is_floating_point() else None)
+        for name, tensor in _tensors(model).items()}
+    answer = torch.func.functional_call(model, tensors, (input,))
     return answer[0] if isinstance(answer, (tuple, list)) else answer
 
 
