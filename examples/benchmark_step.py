@@ -1,18 +1,18 @@
 """What a training step costs, as ratios of one run: AI-KD, timm's distillation and torchdistill on the same batches.
 
     python examples/benchmark_step.py [--models resnet18 ...] [--threads 1 2] [--rounds 15] [--compile]
-    python examples/benchmark_step.py --memory | --growth
+    python examples/benchmark_step.py --ways | --memory | --growth
 
 Every method has a copy of the student and an SGD; the methods take turns, one step each a round, in an order that
 changes from round to round. Printed are medians over the rounds of the ratio within a round, with their quartiles.
-`--memory` prints the peak memory of processes of their own, `--growth` what the package adds beyond the forwards as
-classes, batch and ranks grow.
+`--ways` compares ways to run a frozen model, `--memory` prints the peak memory of a step, `--growth`
+what the package adds beyond the forwards as classes, batch and ranks grow.
 """
 import argparse
 import copy
+import json
 import platform
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask
 
-from timm_aikd import Aikd, AikdConfig, AikdTask, RecordFormat, StoreMemory, Teacher, load_teacher
+from timm_aikd import Aikd, AikdConfig, AikdTask, Discriminator, RecordFormat, StoreMemory, Teacher, load_teacher
+from timm_aikd.inference import folded
 
 CASES = {  # model -> pixels, batch
     'resnet18': (64, 32),
@@ -172,29 +173,29 @@ def ratio(method: Method, *others: Method) -> str:
 
 
 def compare(models: list[str], threads: list[int], rounds: int, compiled: bool) -> None:
-    print('| model | threads | method | ms a step | of a plain step | of timm\'s kd | of that + a teacher forward |')
-    print('|---|---|---|---|---|---|---|')
+    print('| model, pixels, batch | threads | plain, ms | timm\'s kd, of plain | torchdistill\'s kd, of timm\'s | '
+          'AI-KD with kd alone | store | store, bfloat16 teacher | snapshot, of timm\'s kd + a teacher forward |')
+    print('|' + '---|' * 9)
     for model in models:
         for count in threads:
             torch.set_num_threads(count)
             torch.compiler.reset()
             with tempfile.TemporaryDirectory() as folder:
                 built = [build() for build in builders(model, *CASES[model], compiled, folder).values()]
-            methods = [method for method in built if method is not None]
-            take_turns(methods, rounds)
-            named = {method.name: method for method in methods}
-            plain, kd, forward = (named[name] for name in ('plain', TIMM, 'teacher forward'))
-            for method in methods:
-                size, batch = CASES[model]
-                print(
-                    f'| {model}, {size} px, {batch} | {count} | {method.name} | '
-                    f'{1000 * statistics.median(method.seconds):.1f} | {ratio(method, plain)} | {ratio(method, kd)} | '
-                    f'{ratio(method, kd, forward)} |', flush=True)
+            methods = {method.name: method for method in built if method is not None}
+            take_turns(list(methods.values()), rounds)
+            plain, kd = methods['plain'], methods[TIMM]
+            cells = [ratio(methods[name], kd) if name in methods else '' for name in (
+                'torchdistill, kd', 'AI-KD, kd', 'AI-KD, store', 'AI-KD, store, bfloat16 teacher')]
+            size, batch = CASES[model]
+            print(f'| {model}, {size} px, {batch} | {count} | {1000 * statistics.median(plain.seconds):.0f} | '
+                  f'{ratio(kd, plain)} | {" | ".join(cells)} | '
+                  f'{ratio(methods["AI-KD, snapshot"], kd, methods["teacher forward"])} |', flush=True)
 
 
 def peaks(models: list[str]) -> None:
-    """Peak memory of processes that do nothing but one of the methods."""
-    print('| model, weights | method | peak MB | over timm, kd | in copies of the weights |')
+    """Most memory that torch's allocator has given out in a step, each method in a process of its own."""
+    print('| model, weights | method | peak MB of a step | over timm, kd | in copies of the weights |')
     print('|---|---|---|---|---|')
     for model in models:
         found = {}
@@ -205,16 +206,23 @@ def peaks(models: list[str]) -> None:
         weights = 4e-6 * sum(tensor.numel() for tensor in timm.create_model(model).state_dict().values())
         for name, peak in found.items():
             more = peak - found[TIMM]
-            print(f'| {model}, {weights:.0f} MB | {name} | {peak:.0f} | {more:.0f} | {more / weights:.2f} |')
+            print(f'| {model}, {weights:.0f} MB | {name} | {peak:.0f} | {more:.1f} | {more / weights:.2f} |')
 
 
 def _peak(_, model: str, name: str, queue) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        method = builders(model, *CASES[model], False, folder)[name]()
-    for _ in range(3):
-        method.step()
-    queue.put(1e-3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            method = builders(model, *CASES[model], False, folder)[name]()
+            method.step()
+            with torch.profiler.record_function('measured'):
+                method.step()
+        profile.export_chrome_trace(f'{folder}/trace.json')
+        with open(f'{folder}/trace.json') as file:
+            events = json.load(file)['traceEvents']
+    start = next(event['ts'] for event in events if event['name'] == 'measured')
+    queue.put(1e-6 * max(
+        event['args']['Total Allocated'] for event in events if event['name'] == '[memory]' and event['ts'] >= start))
 
 
 def added(classes: int, batch: int, memory: str, rounds: int = 30, **options) -> float:
@@ -283,12 +291,63 @@ def _rank(rank: int, ranks: int, rounds: int, queue) -> None:
     dist.destroy_process_group()
 
 
+def forwards(model: str) -> list[Method]:
+    """Ways to run a frozen model forward, and two of them."""
+    size, batch = CASES[model]
+    plain = timm.create_model(model, num_classes=CLASSES, **({'img_size': size} if 'vit' in model else {})).eval()
+    input = torch.randn(batch, 3, size, size)
+    fold = folded(plain)[0]
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    both = copy.deepcopy(fold).to(memory_format=torch.channels_last)
+    half, other = copy.deepcopy(both).bfloat16(), copy.deepcopy(plain)
+    parameters, buffers = torch.func.stack_module_state([plain, other])
+    stacked = torch.func.vmap(
+        lambda tensors, x: torch.func.functional_call(plain, tensors, (x,)), in_dims=(0, None))
+    return [Method(name, _frozen(name, call)) for name, call in {
+        'no_grad': lambda: plain(input),
+        'inference_mode': lambda: plain(input),
+        'folded': lambda: fold(input),
+        'channels-last': lambda: last(input),
+        'both': lambda: both(input),
+        'both, bfloat16': lambda: half(input.bfloat16()),
+        'two, one by one': lambda: (plain(input), other(input)),
+        'two, stacked by vmap': lambda: stacked({**parameters, **buffers}, input),
+    }.items()]
+
+
+def ways(models: list[str], rounds: int) -> None:
+    """What each way to run a frozen model gives, and what a fused step of D does."""
+    torch.set_num_threads(1)
+    print('a frozen model\'s forward, in parts of the plain one; two stacked models, in parts of one after the other\n')
+    print('| model | inference_mode | folded | channels-last | both | both, bfloat16 | stacked by vmap |')
+    print('|---|---|---|---|---|---|---|')
+    for model in models:
+        plain, *others, two, stacked = methods = forwards(model)
+        take_turns(methods, rounds)
+        cells = [*(ratio(method, plain) for method in others), ratio(stacked, two)]
+        print(f'| {model} | ' + ' | '.join(cells) + ' |', flush=True)
+    fused, back = Discriminator(CLASSES), Discriminator(CLASSES)
+    back.optimizer._step_supports_amp_scaling = False
+    logits = torch.randn(2, 32, CLASSES)
+    methods = [Method(name, partial(disc.update, *logits)) for name, disc in (('fused', fused), ('back', back))]
+    take_turns(methods, 10 * rounds)
+    print(f'\nan update of D at 1,000 classes, batch 32: fused, {ratio(*methods)} of one that can be taken back')
+
+
+def _frozen(name: str, call: Callable) -> Callable[[], None]:
+    def step() -> None:
+        with torch.inference_mode() if name == 'inference_mode' else torch.no_grad():
+            call()
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--models', nargs='+', choices=list(CASES), default=list(CASES), help='what to train')
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='threads to compute with')
     parser.add_argument('--rounds', type=int, default=15, help='steps of each method')
     parser.add_argument('--compile', action='store_true', help='with torch.compile')
+    parser.add_argument('--ways', action='store_true', help='ways to run a frozen model instead')
     parser.add_argument('--memory', action='store_true', help='peak memory instead')
     parser.add_argument('--growth', action='store_true', help='how the costs grow')
     args = parser.parse_args()
@@ -297,6 +356,8 @@ def main() -> None:
     random.seed(0)
     if args.growth:
         growth(args.rounds)
+    elif args.ways:
+        ways(args.models, args.rounds)
     elif args.memory:
         peaks(args.models)
     else:

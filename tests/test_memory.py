@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_aikd import Aikd, AikdConfig, AikdError, RecordFormat, SnapshotMemory, StoreMemory, memory
+from timm_aikd import Aikd, AikdConfig, AikdError, RecordFormat, SnapshotMemory, StoreMemory, Teacher, memory
 from timm_aikd.records import stamp_at
 
 from .distributed import spawn
@@ -441,13 +441,16 @@ class Synchronising(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize('classes, topk', [(5, None), (40, 6)])
-def test_no_operator_of_a_step_waits_for_the_device(tiny_net, classes, topk):
-    """All terms with a store, samples without a row among them; the chance test, once a run, is not of a step."""
-    config = AikdConfig(teacher='given', teacher_temperature=1., memory='store', disc_hidden=(8,))
+@pytest.mark.parametrize('memory, classes, topk', [('store', 5, None), ('store', 40, 6), ('snapshot', 5, None)])
+def test_no_operator_of_a_step_waits_for_the_device(tiny_net, memory, classes, topk):
+    """All terms, samples without a row and a teacher on trial among them; the test against chance, once a run, is not
+    of a step."""
+    config = AikdConfig(teacher='given', teacher_temperature=1., memory=memory, disc_hidden=(8,))
     net = tiny_net(classes)
-    aikd = Aikd(classes, tiny_net(classes), config, epochs=3)
-    aikd.use_memory(store(classes=classes, topk=topk))
+    teacher = Teacher(tiny_net(classes), trial=tiny_net(classes).bfloat16())
+    aikd = Aikd(classes, teacher, config, epochs=3)
+    if memory == 'store':
+        aikd.use_memory(store(classes=classes, topk=topk))
     x, y = torch.randn(4, 4), torch.randint(0, classes, (4,))
     for epoch in range(3):
         aikd.begin_epoch(epoch, net)

@@ -125,11 +125,13 @@ class Aikd(nn.Module):
         """
         assert self.teacher is not None
         self.teacher.temperature = 1.
+        trial, self.teacher.trial = self.teacher.trial, None  # only training steps show what precision they run in
         device = self._sums.device
         logits, target = [torch.empty(0, self.num_classes, device=device)], [torch.empty(0, dtype=int, device=device)]
         for input, labels in batches:
             logits.append(self.teacher(input))
             target.append(labels)
+        self.teacher.trial = trial
         logits, target = gather_rows(torch.cat(logits)), gather_rows(torch.cat(target))
         if len(target) == 0:
             raise AikdError('AI-KD: no validation images to fit T_c on; set --aikd-teacher-temperature to a number')
@@ -146,7 +148,6 @@ class Aikd(nn.Module):
             _logger.warning(
                 f'AI-KD: T_c ran into the end of its range, {TEMPERATURE_RANGE}: these images cannot tell it; '
                 f'set --aikd-teacher-temperature')
-        self.teacher.settle()
         logits = logits / temperature
         confidence, correct = top1(logits, target)
         self.teacher_metrics = {

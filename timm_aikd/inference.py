@@ -1,6 +1,7 @@
 """Networks that only ever run forward, made cheaper: BatchNorm folded into the convolution before it, and layout."""
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.fx
@@ -89,10 +90,10 @@ def folded(model: nn.Module) -> tuple[nn.Module, Pairs]:
     size = getattr(model, 'pretrained_cfg', {}).get('input_size')
     if not size or next(model.parameters()).dtype != torch.float32:
         return model, []
-    pairs = foldable(_sharing(model))  # a trace may leave its marks
+    pairs = foldable(_structure(model, _without_data))  # a trace leaves marks, and is kept for a while
     if not pairs:
         return model, []
-    copied = _sharing(model)
+    copied = _structure(model, lambda tensor: tensor)
     fold_(copied, pairs)
     load_folded_(copied, pairs, model)
     input = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -108,9 +109,14 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of the structure alone."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model).values()})
+def _structure(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of the modules, with other tensors or the same."""
+    return copy.deepcopy(model, {id(tensor): new(tensor) for tensor in _tensors(model).values()})
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to('meta')
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 @torch.no_grad()
@@ -123,12 +129,13 @@ def _in_double(model: nn.Module, input: torch.Tensor) -> torch.Tensor:
     return answer[0] if isinstance(answer, (tuple, list)) else answer
 
 
-def forward_layout(device: torch.device, like: nn.Module) -> torch.memory_format:
-    """Channels-last where that is known to be faster, on the CPU, and where another network has it."""
-    channels_last = any(
-        parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-        and not parameter.is_contiguous() for parameter in like.parameters())
-    return torch.channels_last if device.type == 'cpu' or channels_last else torch.preserve_format
+def forward_layout(student: nn.Module) -> torch.memory_format:
+    """For a network beside the student: channels-last where that is known to be faster, on the CPU, or as it has it."""
+    for parameter in student.parameters():
+        is_last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        if parameter.device.type == 'cpu' or (is_last and not parameter.is_contiguous()):
+            return torch.channels_last
+    return torch.preserve_format
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

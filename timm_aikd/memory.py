@@ -68,7 +68,7 @@ class SnapshotMemory(nn.Module):
         if hasattr(model, 'set_grad_checkpointing'):
             model.set_grad_checkpointing(False)  # nothing is kept for a backward, so nothing is recomputed
         model, self._folded = folded(model)
-        self.model = model.to(memory_format=forward_layout(next(model.parameters()).device, student))
+        self.model = model.to(memory_format=forward_layout(student))
         if self._compile_kwargs is not None:
             self.model.compile(**self._compile_kwargs)
 

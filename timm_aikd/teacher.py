@@ -178,8 +178,7 @@ def load_teacher(
         weight = next(student.parameters())
         scale, shift = _renormalisation(student, mean, std, config, getattr(model, 'in_chans', 3))
         input_size = _input_size(spec, model, config, size)
-        model = folded(model)[0].to(
-            weight.device, weight.dtype, memory_format=forward_layout(weight.device, student))
+        model = folded(model)[0].to(weight.device, weight.dtype, memory_format=forward_layout(student))
         has_trial = dtype == 'auto' and weight.dtype == torch.float32 and fast_in_bfloat16(weight.device)
         return Teacher(
             model,
