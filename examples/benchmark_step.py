@@ -327,7 +327,7 @@ def ways(models: list[str], rounds: int) -> None:
         cells = [*(ratio(method, plain) for method in others), ratio(stacked, two)]
         print(f'| {model} | ' + ' | '.join(cells) + ' |', flush=True)
     fused, back = Discriminator(CLASSES), Discriminator(CLASSES)
-    back.optimizer._step_supports_amp_scaling = False
+    back.optimizer.param_groups[0]['fused'] = False
     logits = torch.randn(2, 32, CLASSES)
     methods = [Method(name, partial(disc.update, *logits)) for name, disc in (('fused', fused), ('back', back))]
     take_turns(methods, 10 * rounds)

@@ -1,5 +1,6 @@
 """`timm-aikd evaluate` against torchmetrics, scikit-learn and a run's own summary.csv."""
 import csv
+import shutil
 import sys
 
 import pytest
@@ -152,13 +153,17 @@ def test_an_imagenet_model_on_some_of_its_classes(tmp_path, monkeypatch, capsys)
     (['RUN', 'DATA', '-j', '-1'], '--workers -1: allowed is a whole number >= 0'),
     (['RUN', 'DATA', '--device', 'abacus'], '--device abacus: is not available here'),
     (['RUN', 'DATA', '--plot', 'no/such/folder/x.png'], '--plot no/such/folder/x.png: cannot be written'),
+    (['RUN', 'DATA', '--plot', 'x.jpeg'], '--plot x.jpeg: name a file that ends in .png'),
+    (['RUN', 'OTHER'], 'has no folder validation, but others: name the split, such as --split test'),
     (['NARROW', 'DATA'], 'has 2 classes, the data set has 3'),
 ])
 def test_what_cannot_be_evaluated_is_said_in_one_line(image_folder, tmp_path, monkeypatch, capsys, arguments, fragment):
     monkeypatch.chdir(tmp_path)
     for name, classes in (('run', 3), ('narrow', 2)):
         save_for_hf(timm.create_model('test_resnet', num_classes=classes), name, safe_serialization=True)
-    places = {'DATA': str(image_folder), 'RUN': 'local-dir:run', 'NARROW': 'local-dir:narrow'}
+    for split in ('train', 'test'):
+        shutil.copytree(image_folder / 'train', f'other/{split}')
+    places = {'OTHER': 'other', 'DATA': str(image_folder), 'RUN': 'local-dir:run', 'NARROW': 'local-dir:narrow'}
     code, printed = command(
         *(places.get(argument, argument) for argument in arguments), '-j', 0, monkeypatch=monkeypatch, capsys=capsys
     ) if '-j' not in arguments else command(

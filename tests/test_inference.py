@@ -1,6 +1,7 @@
 """A network that only runs forward must answer as the one it was made of."""
 import copy
 import tempfile
+import warnings
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from timm.layers import StdConv2d
 from timm.models import save_for_hf
 
 from timm_aikd import Aikd, AikdConfig, SnapshotMemory, load_teacher
+from timm_aikd import teacher as teacher_module
 from timm_aikd.inference import fast_in_bfloat16, foldable, folded, forward_layout, load_folded_
 
 from .distributed import spawn
@@ -29,6 +31,15 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.order(self, x)
+
+
+@pytest.mark.parametrize('norm', [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_what_hooks_do_to_a_weight_is_not_folded(norm):
+    net = Net(lambda net, x: net.n(net.a(x))).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # of weight_norm
+        norm(net.a)
+    assert folded(net) == (net, [])
 
 
 def double_use(net, x):
@@ -67,7 +78,8 @@ def test_only_what_nothing_else_sees_is_folded(order, pairs):
 
 @pytest.mark.parametrize('name, count, options', [
     ('test_resnet', 15, {}), ('test_efficientnet', 13, {}), ('test_efficientnet', 13, {'bn_eps': 0.5}),
-    ('test_vit', 0, {}), ('test_convnext', 0, {}), ('test_efficientnet_gn', 0, {}),
+    ('test_resnet', 15, {'in_chans': 1}), ('test_vit', 0, {}), ('test_convnext', 0, {}),
+    ('test_efficientnet_gn', 0, {}),
 ])
 def test_models_of_timm_answer_as_before_and_follow_their_source(name, count, options):
     model = source(1, name, **options)
@@ -75,7 +87,7 @@ def test_models_of_timm_answer_as_before_and_follow_their_source(name, count, op
     assert len(pairs) == count
     kinds = [type(module).__name__ for module in copied.modules()]
     assert not count or not any(kind.startswith('BatchNorm') for kind in kinds)
-    input = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    input = torch.randn(2, options.get('in_chans', 3), 160, 160, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(copied(input), model(input), rtol=1e-4, atol=1e-5)
         other = source(2, name, **options)
@@ -93,7 +105,7 @@ def test_what_cannot_be_checked_is_left_alone():
     del model.pretrained_cfg
     assert folded(model)[1] == []
     model = source(1)
-    model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (1, 32, 32)}
+    model.pretrained_cfg = {**model.pretrained_cfg, 'first_conv': None, 'input_size': (1, 32, 32)}
     assert folded(model) == (model, [])
 
 
@@ -191,6 +203,27 @@ def test_the_trial_is_of_training_steps_until_the_test_against_chance(tmp_path, 
     with torch.autocast('cpu', dtype=torch.bfloat16, enabled=amp):
         aikd(input, logits, target, logits.sum())
     assert teacher.trial is None and teacher._tried == (0 if amp else 1024)
+
+
+@pytest.mark.parametrize('precision', ['bfloat16', 'float32'])
+def test_a_resumed_run_stays_with_the_precision_that_was_decided(tmp_path, fast, precision):
+    first, second = (Aikd(5, teacher_of(source(1), tmp_path), AikdConfig(teacher='given')) for _ in range(2))
+    first.teacher.decide(precision)
+    second.load_state(first.get_state())
+    assert second.teacher.trial is None and second.teacher.precision == precision
+    assert second.teacher.dtype == (torch.bfloat16 if precision == 'bfloat16' else None)
+    other = Aikd(5, teacher_of(source(1), tmp_path), AikdConfig(teacher='another'))
+    other.load_state(first.get_state())
+    assert other.teacher.trial is not None
+
+
+def _rank_loads(rank, folder):
+    teacher_module.fast_in_bfloat16 = lambda device: rank == 0
+    return teacher_of(source(1), f'{folder}/{rank}').trial is None
+
+
+def test_ranks_of_unlike_hosts_try_nothing(tmp_path):
+    assert spawn(_rank_loads, 2, str(tmp_path)) == [True, True]
 
 
 def _rank_settles(rank, _):

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from timm.models import load_state_dict
+from timm.models import load_state_dict, save_for_hf
 
 from timm_aikd import publish
 from timm_aikd.__main__ import main
@@ -175,6 +175,44 @@ def test_the_citation_is_the_readmes():
     assert CITATION in (ROOT / 'README.md').read_text()
 
 
+def test_a_summary_of_a_resumed_run_is_read_by_its_last_header(tmp_path):
+    again = 'epoch,train_loss,eval_top1,eval_loss\n3,1.1,90.5,0.25\n'
+    save_run(tmp_path, source(1), state(), SUMMARY + again)
+    run_ = FinishedRun.read(tmp_path)
+    assert [row['epoch'] for row in run_.epochs] == ['2', '3']
+    assert run_.metrics() == {'eval_top1': 90.5, 'eval_loss': 0.25}
+
+
+@pytest.mark.parametrize('args', [
+    {'model_kwargs': {}, 'initial_checkpoint': '../somebody/private/x.pth'},
+    {'initial_checkpoint': 'local-dir:/home/somebody/x'},
+])
+def test_no_path_of_an_argument_gets_into_the_card(tmp_path, args):
+    save_run(tmp_path, source(1), state(teacher_model='local-dir:/home/somebody/base'), SUMMARY, **args)
+    text = card_of(tmp_path)
+    assert 'somebody' not in text and '| `initial_checkpoint` | x' in text and '| `aikd_teacher_model` | base |' in text
+
+
+def test_a_run_that_started_from_a_published_model_has_the_names_of_its_own_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_for_hf(source(1), 'base', safe_serialization=True, model_config={'label_names': list('edcba')})
+    for folder, kept in (('plain', None), ('ours', state())):
+        save_run(tmp_path / folder, source(1), kept, model='local-dir:base')
+        run_ = FinishedRun.read(tmp_path / folder)
+        assert run_.class_names == (list('abcde') if kept else None)
+        assert run_.model.pretrained_cfg['label_names'] == run_.class_names
+        assert 'local-dir:' not in model_card(run_, 'me/net') and '| `model` | base |' in model_card(run_, 'me/net')
+
+
+def test_a_run_that_diverged_is_not_published(tmp_path, monkeypatch, capsys):
+    model = source(1)
+    with torch.no_grad():
+        model.get_classifier().bias.fill_(float('nan'))
+    code, _ = push(
+        save_run(tmp_path / 'run', model), '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch, capsys=capsys)
+    assert 'the run diverged' in code and not (tmp_path / 'kept').exists()
+
+
 def test_nothing_in_an_argument_breaks_the_tables(tmp_path):
     save_run(tmp_path, source(1), state(), SUMMARY, aa='rand|m9\n| x | y |', data_dir='a|b`<script>', opt='<b>')
     body = card_of(tmp_path).split('---\n', 2)[2]
@@ -234,7 +272,10 @@ def test_a_second_push_replaces_the_first(tmp_path):
         environment = {**hub.environment(tmp_path / 'home'), 'HF_TOKEN': 'hf_a_token'}
         for seed in (1, 2):
             save_run(tmp_path / 'run', source(seed), state())
-            run('-m', 'timm_aikd', 'push', tmp_path / 'run', 'me/net', **environment)
+            done = run('-m', 'timm_aikd', 'push', tmp_path / 'run', 'me/net', **environment)
+            assert ('are replaced' in done.stdout) == (seed == 2)
+        refused = run('-m', 'timm_aikd', 'push', tmp_path / 'run', 'me/net', '--private', check=False, **environment)
+        assert refused.stderr.startswith('error: --private: me/net exists and is public')
         folder = hub.repositories['me/net'].folders[hub.repositories['me/net'].commit('main')]
         again = timm.create_model(f'local-dir:{folder}', pretrained=True)
     input = torch.randn(2, 3, 32, 32)

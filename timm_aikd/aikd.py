@@ -331,6 +331,8 @@ class Aikd(nn.Module):
         if self.discriminator is not None:
             state['binary'] = self.binary
             state['discriminator'] = self.discriminator.get_state()
+        if self.teacher is not None and self.teacher.precision is not None:
+            state['teacher_precision'] = self.teacher.precision
         if self.teacher is not None and self.teacher.given is not None:
             state['teacher_given'] = self.teacher.given
         if isinstance(self.memory, StoreMemory):
@@ -356,7 +358,10 @@ class Aikd(nn.Module):
             if config.get(name) != changed.get(name):
                 _logger.warning(
                     f'AI-KD: aikd_{name} was {changed.get(name)!r} in the checkpoint, is {config.get(name)!r} now')
-        if self.needs_temperature and all(config[name] == changed.get(name) for name in _SAME_TEACHER):
+        is_same_teacher = all(config[name] == changed.get(name) for name in _SAME_TEACHER)
+        if is_same_teacher and self.teacher is not None and 'teacher_precision' in state:
+            self.teacher.decide(state['teacher_precision'])
+        if self.needs_temperature and is_same_teacher:
             self.fitted_temperature = state.get('teacher_temperature')
             self.teacher_metrics = state.get('teacher_metrics')
             self._set_temperature(self.fitted_temperature or 'auto')

@@ -65,7 +65,8 @@ def match_classes(
         common = max(common, len(columns))
     names = _names(config, teacher_classes)
     if teacher_classes == student_classes and (ours is None or not names or common == 0):
-        assumed = 'the same order is assumed, and the teacher\'s top-1 will be tested'
+        assumed = 'the same order is assumed' + (
+            ', and the teacher\'s top-1 will be tested' if student == 'student' else '')
         if ours is not None and names:
             _logger.warning(
                 f'AI-KD: the teacher names its classes otherwise ({names[0]!r}) than the data set ({ours[0]!r}): '

@@ -9,6 +9,8 @@ from timm.optim import create_optimizer_v2
 
 from .loss import discriminator_loss, generator_loss, gradient_penalty, output_vector, pairwise_accuracy
 
+# Optimizers whose fused step can be skipped; that of SGD would keep what happened to be in its new momentum.
+_SKIPS = (torch.optim.Adam, torch.optim.AdamW)
 _PENALTY_WEIGHT = 10.  # https://arxiv.org/abs/1704.00028, section 4
 _WGAN_CLIP = 0.01  # https://arxiv.org/abs/1701.07875, algorithm 1
 
@@ -108,7 +110,7 @@ class Discriminator(nn.Module):
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
         # A branch on `finite` would make the host wait for the device.
-        if getattr(self.optimizer, '_step_supports_amp_scaling', False):
+        if isinstance(self.optimizer, _SKIPS) and self.optimizer.param_groups[0]['fused']:
             self.optimizer.found_inf = (~finite).float()  # GradScaler's way to let a fused step do nothing
             self.optimizer.step()
             del self.optimizer.found_inf
@@ -168,7 +170,7 @@ class Discriminator(nn.Module):
 def _create_optimizer(mlp: nn.Module, opt: str, lr: float) -> torch.optim.Optimizer:
     """The optimizer, fused where it can be: one kernel instead of one a tensor and operation."""
     optimizer = create_optimizer_v2(mlp, opt=opt, lr=lr)
-    if 'fused' in optimizer.defaults:
+    if isinstance(optimizer, _SKIPS):
         try:
             return create_optimizer_v2(mlp, opt=opt, lr=lr, fused=True)
         except RuntimeError:  # not on this device

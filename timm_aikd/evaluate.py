@@ -146,6 +146,8 @@ def table(rows: dict[str, tuple[int, dict[str, float]]], bins: int = 15) -> str:
 
 def _check_writable(path: str) -> None:
     """Before hours of predictions, not after them."""
+    if not path.endswith('.png') or os.path.isdir(path):
+        raise AikdError(f'--plot {path}: name a file that ends in .png')
     if not os.path.isdir(os.path.dirname(path) or '.') or not os.access(os.path.dirname(path) or '.', os.W_OK):
         raise AikdError(f'--plot {path}: cannot be written: name a file in an existing folder that you may write to')
 
@@ -183,7 +185,7 @@ def _predictions(spec: str, args: argparse.Namespace) -> Predictions:
         tqdm(loader, desc=spec, unit='batch', disable=None),  # None: no bar where nobody watches
         None if columns is None else torch.tensor(columns))
     correct, classes = predictions.correct, len(names) if names else model.num_classes
-    if not better_than_chance(int(correct.sum()), len(correct), classes):
+    if classes > 1 and not better_than_chance(int(correct.sum()), len(correct), classes):
         print(f'note: {spec} is no better than chance: wrong class order, untrained, or too few images to tell')
     return predictions
 
@@ -198,7 +200,12 @@ def _data_set(args: argparse.Namespace, channels: int) -> Any:
         raise AikdError(
             f'evaluate: the data {what} cannot be opened ({" ".join(str(error).split())[:100]}): check DATA, '
             f'--dataset, --split and --class-map') from error
-    if args.split and str(getattr(getattr(data_set, 'reader', None), 'root', '')) == args.data:
+    splits = [name for name in ('train', 'test', 'val') if not args.dataset and os.path.isdir(f'{args.data}/{name}')]
+    is_whole = str(getattr(getattr(data_set, 'reader', None), 'root', '')) == args.data
+    if is_whole and not args.split and splits:
+        raise AikdError(
+            f'evaluate: {args.data} has no folder validation, but others: name the split, such as --split {splits[-1]}')
+    if is_whole and args.split:
         raise AikdError(
             f'--split {args.split}: {args.data} has no such folder: name another, or leave it out for all of DATA')
     return data_set

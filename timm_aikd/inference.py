@@ -7,9 +7,10 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers.norm_act import SyncBatchNormAct
 
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exactly: subclasses may do more to their weights
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
 Pairs = list[tuple[str, str]]
 
@@ -37,10 +38,16 @@ def foldable(model: nn.Module) -> Pairs:
         if not isinstance(before, torch.fx.Node) or before.op != 'call_module' or len(before.users) > 1:
             continue
         convolution, norm = modules[before.target], modules[node.target]
-        if type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_var is not None:
+        is_pair = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS
+        if is_pair and norm.running_var is not None and not any(map(_is_more, (convolution, norm))):
             if calls[before.target] == calls[node.target] == 1:
                 pairs.append((before.target, node.target))
     return pairs
+
+
+def _is_more(layer: nn.Module) -> bool:
+    """Whether hooks, such as those of weight and spectral norm, do what the forward of its class does not show."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or 'weight' not in layer._parameters
 
 
 @torch.no_grad()
@@ -50,7 +57,7 @@ def fold_(model: nn.Module, pairs: Pairs) -> None:
         layer, old = model.get_submodule(convolution), model.get_submodule(norm)
         layer.bias = nn.Parameter(layer.weight.new_empty(layer.out_channels), requires_grad=False)
         layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
-        activation = nn.Sequential(old.drop, old.act) if isinstance(old, BatchNormAct2d) else nn.Identity()
+        activation = nn.Sequential(old.drop, old.act) if hasattr(old, 'act') else nn.Identity()
         parent, _, name = norm.rpartition('.')
         setattr(model.get_submodule(parent), name, activation.eval())
 
@@ -58,6 +65,9 @@ def fold_(model: nn.Module, pairs: Pairs) -> None:
 @torch.no_grad()
 def load_folded_(model: nn.Module, pairs: Pairs, source: nn.Module) -> None:
     """Overwrite a folded model's weights in place with those of the model it was folded from."""
+    if not pairs:
+        model.load_state_dict(source.state_dict())
+        return
     state, modules = source.state_dict(), dict(source.named_modules())
     own = model.state_dict()
     for convolution, norm in pairs:
@@ -87,16 +97,21 @@ def folded(model: nn.Module) -> tuple[nn.Module, Pairs]:
         A new module, which shares with the model the tensors that are not folded, and the pairs that were; the model
         itself where there are none.
     """
-    size = getattr(model, 'pretrained_cfg', {}).get('input_size')
+    config = getattr(model, 'pretrained_cfg', {})
+    size, stem = config.get('input_size'), dict(model.named_parameters()).get(f'{config.get("first_conv")}.weight')
     if not size or next(model.parameters()).dtype != torch.float32:
         return model, []
-    pairs = foldable(_structure(model, _without_data))  # a trace leaves marks, and is kept for a while
+    try:
+        pairs = foldable(_structure(model, _without_data))  # a trace leaves marks, and is kept for a while
+    except RuntimeError:  # of weight_norm: cannot be copied
+        return model, []
     if not pairs:
         return model, []
     copied = _structure(model, lambda tensor: tensor)
     fold_(copied, pairs)
     load_folded_(copied, pairs, model)
-    input = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    channels = size[0] if stem is None else stem.shape[1]
+    input = torch.randn(2, channels, *size[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         expected, answer = (_in_double(each, input) for each in (model, copied))
     except Exception:  # a model of another size, or that keeps tensors where nobody finds them

@@ -89,12 +89,9 @@ class FinishedRun:
         model, model_args, data_config = build(str(path), weights, arguments)
         saved = load_checkpoint(str(path))
         state = (saved.get('task_state') or {}).get('aikd') or {}
-        epochs = []
-        if (path.parent / 'summary.csv').is_file():
-            with open(path.parent / 'summary.csv', newline='') as file:
-                epochs = list(csv.DictReader(file))
         return cls(
-            model, model_args, data_config, arguments, saved.get('epoch'), state, epochs, state.get('class_names'))
+            model, model_args, data_config, arguments, saved.get('epoch'), state,
+            _read_summary(path.parent / 'summary.csv'), model.pretrained_cfg['label_names'])
 
     @property
     def name(self) -> str:
@@ -111,9 +108,7 @@ class FinishedRun:
     def teacher(self) -> str | None:
         """The teacher without what only this machine knows: a file by its name, a folder by the last part of its."""
         spec = self.state.get('config', {}).get('teacher')
-        if spec in (None, 'none') or spec.startswith('hf-hub:') or is_model(spec):
-            return None if spec == 'none' else spec
-        return Path(spec.removeprefix('local-dir:')).name
+        return None if spec in (None, 'none') else _public_name(spec)
 
     @property
     def teacher_temperature(self) -> float | None:
@@ -142,6 +137,26 @@ class FinishedRun:
         """Validation metrics of the checkpoint's epoch; empty where the run had no validation."""
         rows = [row for row in self.epochs if row.get('epoch') == str(self.epoch)][-1:]
         return {name: float(row[name]) for row in rows for name in METRICS if row.get(name)}
+
+
+def _read_summary(path: Path) -> list[dict[str, str]]:
+    """The rows of a summary.csv, of an epoch that was trained again the last; a resumed run begins with a header."""
+    rows, header = {}, []
+    if path.is_file():
+        with open(path, newline='') as file:
+            for cells in csv.reader(file):
+                if cells[:1] == ['epoch']:
+                    header = cells
+                elif cells:
+                    rows[cells[0]] = dict(zip(header, cells, strict=False))
+    return list(rows.values())
+
+
+def _public_name(spec: str) -> str:
+    """A spec of the Hub or of timm as it is, of what else only this machine knows the last part of its path."""
+    if spec.startswith(('hf-hub:', 'hf_hub:')) or is_model(spec):
+        return spec
+    return Path(spec.removeprefix('local-dir:')).name
 
 
 def write_model_folder(run: FinishedRun, folder: Path, repository: str | None, license: str | None = None) -> None:
@@ -258,6 +273,9 @@ def _training(run: FinishedRun) -> str:
     tables = {'timm': _recipe(run.arguments)}
     if run.state:
         options = {**run.state['config'], 'teacher': run.teacher or 'none', 'memory_dir': None}
+        options['teacher_model'] = options.get('teacher_model') and _public_name(options['teacher_model'])
+        if 'teacher_precision' in run.state:
+            options['teacher_dtype'] = run.state['teacher_precision']
         tables = {'AI-KD': {f'aikd_{name}': value for name, value in options.items()}, **tables}
     for name, values in tables.items():
         lines += ['', f'| {name} | |', '|---|---|']
@@ -271,6 +289,9 @@ def _recipe(arguments: dict[str, Any]) -> dict[str, Any]:
     used = {
         name: arguments[name] for name in RECIPE
         if arguments.get(name) and arguments.get(needs.get(name, name))}
+    for name in ('model', 'initial_checkpoint'):
+        if name in used:
+            used[name] = _public_name(str(used[name]))
     return {**used, 'seed': arguments.get('seed')}
 
 
@@ -301,7 +322,10 @@ def _check_reload(model: nn.Module, folder: Path) -> None:
         raise AikdError(
             f'push: timm {timm.__version__} cannot load this model again ({" ".join(str(error).split())[:100]}): a '
             f'newer timm may') from error
-    if not torch.equal(again.eval()(input), model.eval()(input)):
+    expected = model.eval()(input)
+    if not expected.isfinite().all():
+        raise AikdError('push: the model\'s answers are not finite: the run diverged, choose another --checkpoint')
+    if not torch.equal(again.eval()(input), expected):
         raise AikdError(
             f'push: the model that timm {timm.__version__} builds from the folder answers otherwise than the run\'s: '
             f'a newer timm may keep all of its arguments')
@@ -377,9 +401,16 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
 
     api = HfApi(library_name='timm-aikd', library_version=__version__)
     try:
+        if api.repo_exists(repository):
+            if private and not api.repo_info(repository).private:
+                raise AikdError(
+                    f'--private: {repository} exists and is public: change that on the Hub, or leave it out')
+            print(f'note: {repository} exists: its README.md, config.json and model.safetensors are replaced')
         api.create_repo(repository, private=private, exist_ok=True)
         # all files in one commit: nobody sees weights without their config
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message='Add model')
+    except AikdError:
+        raise
     except Exception as error:  # of the client, the network, or the Hub's answer
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         if isinstance(error, hub.LocalTokenNotFoundError) or status == 401:

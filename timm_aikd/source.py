@@ -173,6 +173,9 @@ def build(
             model_args = {key: value for key, value in {**kwargs, **extra}.items() if value is not None}
             data_config = resolve_data_config(arguments, model=model)
             data_config['input_size'] = (kwargs['in_chans'], *data_config['input_size'][1:])
+            model.pretrained_cfg = {  # not the names of a model that the run started from
+                **{key: value for key, value in model.pretrained_cfg.items() if not key.startswith('label_')},
+                'label_names': names if len(names := arguments.get('class_names') or []) == model.num_classes else None}
             return model, model_args, data_config
     raise AikdError(f'{path}: these weights are not those of a {name} ({misfit}); {_NAME_IT}')
 
@@ -184,7 +187,8 @@ def load_checkpoint(path: str) -> Any:
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and training arguments of a file; EMA weights where they were validated. Never unpickles code.
+    """Weights and training arguments of a file, the latter with `class_names` where a run with AI-KD has kept them; EMA
+    weights where they were validated. Never unpickles code.
 
     Raises:
         AikdError: Not readable, not a checkpoint, or one that needs more than tensors and plain containers.
@@ -198,6 +202,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
             f'{path}: not readable as weights, truncated, or more than tensors and plain containers, '
             f'which is never unpickled ({type(error).__name__}); save it again or as .safetensors') from error
     arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    class_names = _class_names(checkpoint)
     keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
     if getattr(arguments, 'model_ema_force_cpu', False):
         keys = keys[::-1]  # that average was not the model that was validated
@@ -210,7 +215,16 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         raise AikdError(f'{path}: holds no state dict; save the weights as model.state_dict()')
     # --split-bn: the main statistics are those of the evaluation
     checkpoint = {key: value for key, value in clean_state_dict(checkpoint).items() if '.aux_bn.' not in key}
+    if isinstance(arguments, argparse.Namespace) and class_names is not None:
+        arguments = argparse.Namespace(**{**vars(arguments), 'class_names': class_names})
     return checkpoint, dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _class_names(checkpoint: Any) -> list[str] | None:
+    try:
+        return checkpoint['task_state']['aikd']['class_names']
+    except (KeyError, TypeError, IndexError):
+        return None
 
 
 def _length(weights: dict[str, torch.Tensor], layers: Any, dim: int, default: int) -> int:

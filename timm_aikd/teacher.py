@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 from . import AikdError
 from .classes import match_classes
 from .inference import fast_in_bfloat16, folded, forward_layout
-from .ranks import first_on_each_host, sum_over_ranks
+from .ranks import first_on_each_host, gather_objects, sum_over_ranks
 from .source import from_file, from_timm, naming, parse_spec, pinned
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Teacher(nn.Module):
             self.model.to(dtype)
         self.trial = None if trial is None else trial.requires_grad_(False)
         self.name, self.size, self.dtype, self.temperature = name, size, dtype, temperature
+        self.precision: str | None = None  # how the trial ended
         self._tried = 0  # samples that both have answered
         self.given: str | None = None  # the spec as the user gave it, where `name` is more exact
         self.register_buffer('scale', scale, persistent=False)
@@ -113,12 +114,19 @@ class Teacher(nn.Module):
         if tried < TRIAL_SAMPLES:
             return
         is_good = agreed >= _AGREEMENT * tried
-        if is_good:
-            self.model, self.dtype = self.trial, torch.bfloat16
-        self.trial = None
+        self.decide('bfloat16' if is_good else 'float32')
         _logger.info(
             f'AI-KD: the teacher {"goes on in bfloat16, faster here" if is_good else "stays in float32"}: '
             f'{100 * agreed / tried:.2f} % of {int(tried):,} samples have the same top-1 in both')
+
+
+    def decide(self, precision: str) -> None:
+        """End the trial with 'bfloat16' or 'float32'; a resumed run stays with what was decided."""
+        if self.trial is not None:
+            self.precision = precision
+            if precision == 'bfloat16':
+                self.model, self.dtype = self.trial, torch.bfloat16
+            self.trial = None
 
 
 def load_teacher(
@@ -192,7 +200,10 @@ def load_teacher(
         ).to(weight.device)
 
     with torch.random.fork_rng(devices=[]):
-        return first_on_each_host(load)  # what the first has downloaded, the others find in the cache
+        teacher = first_on_each_host(load)  # what the first has downloaded, the others find in the cache
+    if not all(gather_objects(teacher.trial is not None)):
+        teacher.trial = None  # hosts may differ
+    return teacher
 
 
 def better_than_chance(correct: int, count: int, num_classes: int) -> bool:
