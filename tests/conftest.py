@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from timm_aikd.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
@@ -67,6 +69,20 @@ def train_script(request):
     if path is None:
         pytest.skip(f'timm\'s {request.param} train.py: set TIMM_TRAIN_SCRIPTS to a folder with <version>/train.py')
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls `timm-aikd` in this process; its exit code or last words, and what it printed."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['timm-aikd', *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, capsys.readouterr().out
+    return call
 
 
 SMALL_RUN = (

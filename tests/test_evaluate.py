@@ -1,7 +1,6 @@
 """`timm-aikd evaluate` against torchmetrics, scikit-learn and a run's own summary.csv."""
 import csv
 import shutil
-import sys
 
 import pytest
 import timm
@@ -14,7 +13,6 @@ from timm.models import save_for_hf
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from timm_aikd import AikdError
-from timm_aikd.__main__ import main
 from timm_aikd.evaluate import predict
 
 from .conftest import SMALL_RUN, training_scripts, write_images
@@ -86,33 +84,23 @@ def test_data_that_do_not_fit_are_refused(given, fragment):
 unclosed = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
-def command(*arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['timm-aikd', 'evaluate', *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, capsys.readouterr()
-
-
 def rows(output):
     lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.splitlines() if line.startswith('|')]
     return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
 
 
 @unclosed
-def test_a_run_and_its_export_side_by_side_are_what_its_summary_says(image_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_and_its_export_side_by_side_are_what_its_summary_says(image_folder, tmp_path, command):
     run(training_scripts()['examples'], *SMALL_RUN, '--data-dir', image_folder, '--output', tmp_path,
         '--experiment', 'x', '--mean', '0.2', '0.3', '0.4', '--aikd', '--aikd-teacher', 'none')
     run('-m', 'timm_aikd', 'push', tmp_path / 'x', '--to-folder', tmp_path / 'kept')
     code, printed = command(
-        tmp_path / 'x', f'local-dir:{tmp_path / "kept"}', image_folder, '-j', 0, '--plot', tmp_path / 'r.png',
-        monkeypatch=monkeypatch, capsys=capsys)
+        'evaluate', tmp_path / 'x', f'local-dir:{tmp_path / "kept"}', image_folder, '-j', 0,
+        '--plot', tmp_path / 'r.png')
     assert code == 0
     with open(tmp_path / 'x' / 'summary.csv') as file:
         best = max(csv.DictReader(file), key=lambda row: float(row['eval_top1']))
-    table = rows(printed.out)
+    table = rows(printed)
     assert len(table) == 2
     for row in table.values():
         assert row['images'] == '36'
@@ -125,7 +113,7 @@ def test_a_run_and_its_export_side_by_side_are_what_its_summary_says(image_folde
 
 
 @unclosed
-def test_an_imagenet_model_on_some_of_its_classes(tmp_path, monkeypatch, capsys):
+def test_an_imagenet_model_on_some_of_its_classes(tmp_path, command):
     names = ImageNetInfo().label_names()
     model = timm.create_model('test_resnet')
     with torch.no_grad():
@@ -135,13 +123,12 @@ def test_an_imagenet_model_on_some_of_its_classes(tmp_path, monkeypatch, capsys)
     for label in (0, 1):
         (folder / 'validation' / f'class{label}').rename(folder / 'validation' / names[[300, 7][label]])
     code, printed = command(
-        f'local-dir:{tmp_path / "kept"}', folder, '-j', 0, '--plot', '', '--bins', 10, monkeypatch=monkeypatch,
-        capsys=capsys)
-    row, = rows(printed.out).values()
+        'evaluate', f'local-dir:{tmp_path / "kept"}', folder, '-j', 0, '--plot', '', '--bins', 10)
+    row, = rows(printed).values()
     assert code == 0 and row['images'] == '6'
     first = sorted([names[300], names[7]]).index(names[7])  # folders are classes in alphabetical order
     assert float(row['top-1 %']) == 50. and 'ECE % (10 bins)' in row
-    assert first in (0, 1) and 'no better than chance' in printed.out and not (tmp_path / 'reliability.png').exists()
+    assert first in (0, 1) and 'no better than chance' in printed and not (tmp_path / 'reliability.png').exists()
 
 
 @pytest.mark.parametrize('arguments, fragment', [
@@ -157,17 +144,15 @@ def test_an_imagenet_model_on_some_of_its_classes(tmp_path, monkeypatch, capsys)
     (['RUN', 'OTHER'], 'has no folder validation, but others: name the split, such as --split test'),
     (['NARROW', 'DATA'], 'has 2 classes, the data set has 3'),
 ])
-def test_what_cannot_be_evaluated_is_said_in_one_line(image_folder, tmp_path, monkeypatch, capsys, arguments, fragment):
+def test_what_cannot_be_evaluated_is_said_in_one_line(
+        image_folder, tmp_path, monkeypatch, command, arguments, fragment):
     monkeypatch.chdir(tmp_path)
     for name, classes in (('run', 3), ('narrow', 2)):
         save_for_hf(timm.create_model('test_resnet', num_classes=classes), name, safe_serialization=True)
     for split in ('train', 'test'):
         shutil.copytree(image_folder / 'train', f'other/{split}')
     places = {'OTHER': 'other', 'DATA': str(image_folder), 'RUN': 'local-dir:run', 'NARROW': 'local-dir:narrow'}
-    code, printed = command(
-        *(places.get(argument, argument) for argument in arguments), '-j', 0, monkeypatch=monkeypatch, capsys=capsys
-    ) if '-j' not in arguments else command(
-        *(places.get(argument, argument) for argument in arguments), monkeypatch=monkeypatch, capsys=capsys)
+    code, printed = command('evaluate', '-j', 0, *(places.get(argument, argument) for argument in arguments))
     assert isinstance(code, str) and code.startswith('error: ') and fragment.replace('DATA', str(image_folder)) in code
-    assert '\n' not in code and len(code) <= 300 and '--aikd' not in code and printed.out == ''
+    assert '\n' not in code and len(code) <= 300 and '--aikd' not in code and printed == ''
     assert not (tmp_path / 'reliability.png').exists()

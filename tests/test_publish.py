@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from huggingface_hub import ModelCard
 from timm.models import load_state_dict, save_for_hf
 
 from timm_aikd import publish
-from timm_aikd.__main__ import main
 from timm_aikd.publish import CITATION, FinishedRun, model_card, write_model_folder
 
 from .conftest import ROOT, SMALL_RUN, run, training_scripts
@@ -33,16 +31,6 @@ def save_run(folder, net, state=None, summary=None, names=None, **args):
     return folder
 
 
-def push(*arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['timm-aikd', 'push', *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, capsys.readouterr().out
-
-
 def logits(model, input):
     with torch.no_grad():
         return model.eval()(input)
@@ -59,11 +47,10 @@ def logits(model, input):
     ('test_vit', {'img_size': 32}, {'img_size': 32}),
     ('test_vit', {'img_size': 48}, {'input_size': [3, 48, 48]}),
 ])
-def test_the_model_comes_back_bit_for_bit(tmp_path, monkeypatch, capsys, name, options, args):
+def test_the_model_comes_back_bit_for_bit(tmp_path, command, name, options, args):
     model = source(1, name, **options)
-    code, out = push(
-        save_run(tmp_path / 'run', model, **args), '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch,
-        capsys=capsys)
+    code, out = command(
+        'push', save_run(tmp_path / 'run', model, **args), '--to-folder', tmp_path / 'kept')
     assert code == 0, code
     assert set(os.listdir(tmp_path / 'kept')) == {'README.md', 'config.json', 'model.safetensors'}
     again = timm.create_model(f'local-dir:{tmp_path / "kept"}', pretrained=True)
@@ -204,12 +191,12 @@ def test_a_run_that_started_from_a_published_model_has_the_names_of_its_own_data
         assert 'local-dir:' not in model_card(run_, 'me/net') and '| `model` | base |' in model_card(run_, 'me/net')
 
 
-def test_a_run_that_diverged_is_not_published(tmp_path, monkeypatch, capsys):
+def test_a_run_that_diverged_is_not_published(tmp_path, command):
     model = source(1)
     with torch.no_grad():
         model.get_classifier().bias.fill_(float('nan'))
-    code, _ = push(
-        save_run(tmp_path / 'run', model), '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch, capsys=capsys)
+    code, _ = command(
+        'push', save_run(tmp_path / 'run', model), '--to-folder', tmp_path / 'kept')
     assert 'the run diverged' in code and not (tmp_path / 'kept').exists()
 
 
@@ -307,7 +294,7 @@ with torch.no_grad():
     (['RUN', '--to-folder', 'x', '--class-map', 'nowhere'], '--class-map nowhere: cannot be read as text'),
     (['RUN', '--to-folder', 'x', '--class-map', 'names'], 'has 2 names (2 different), the model has 5 classes'),
 ])
-def test_what_cannot_be_pushed_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, fragment):
+def test_what_cannot_be_pushed_is_said_in_one_line(tmp_path, monkeypatch, command, words, fragment):
     monkeypatch.chdir(tmp_path)
     save_run(Path('run'), source(1))
     for name in ('empty', 'bare', 'broken', 'full'):
@@ -317,26 +304,25 @@ def test_what_cannot_be_pushed_is_said_in_one_line(tmp_path, monkeypatch, capsys
     Path('broken/model_best.pth.tar').write_bytes(b'nothing')
     torch.save({'state_dict': source(1).state_dict(), 'model': 'x'}, 'bare/model_best.pth.tar')
     before = sorted(map(str, tmp_path.rglob('*')))
-    code, out = push(*('run' if word == 'RUN' else word for word in words), monkeypatch=monkeypatch, capsys=capsys)
+    code, out = command('push', *('run' if word == 'RUN' else word for word in words))
     assert isinstance(code, str) and code.startswith('error: ') and fragment in code, code
     assert '\n' not in code and len(code) <= 300 and '--aikd' not in code
     assert sorted(map(str, tmp_path.rglob('*'))) == before
 
 
-def test_class_names_come_from_a_file_or_are_missed(tmp_path, monkeypatch, capsys):
+def test_class_names_come_from_a_file_or_are_missed(tmp_path, command):
     save_run(tmp_path / 'run', source(1))
     (tmp_path / 'names').write_text('ant\nbee\ncat\ndog\nelk\n')
-    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'a', monkeypatch=monkeypatch, capsys=capsys)
+    code, out = command('push', tmp_path / 'run', '--to-folder', tmp_path / 'a')
     assert code == 0 and 'does not tell its class names' in out
-    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'b', '--class-map', tmp_path / 'names',
-                     monkeypatch=monkeypatch, capsys=capsys)
+    code, out = command('push', tmp_path / 'run', '--to-folder', tmp_path / 'b', '--class-map', tmp_path / 'names')
     assert code == 0 and 'class names' not in out
     config = json.loads((tmp_path / 'b' / 'config.json').read_text())
     assert config['label_names'] == ['ant', 'bee', 'cat', 'dog', 'elk']
 
 
 @pytest.mark.parametrize('fault', ['disk full', 'another model'])
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys, fault):
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, command, fault):
     save_run(tmp_path / 'run', source(1))
 
     def save(model, folder, **options):
@@ -346,6 +332,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys, fault):
         timm.models.save_for_hf(source(2), folder, **options)
 
     monkeypatch.setattr(publish, 'save_for_hf', save)
-    code, out = push(tmp_path / 'run', '--to-folder', tmp_path / 'kept', monkeypatch=monkeypatch, capsys=capsys)
+    code, out = command('push', tmp_path / 'run', '--to-folder', tmp_path / 'kept')
     assert ('No space left on device' if fault == 'disk full' else 'answers otherwise') in code
     assert [path.name for path in tmp_path.iterdir()] == ['run']

@@ -8,6 +8,7 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.layers.norm_act import SyncBatchNormAct
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exactly: subclasses may do more to their weights
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
@@ -71,18 +72,11 @@ def load_folded_(model: nn.Module, pairs: Pairs, source: nn.Module) -> None:
     state, modules = source.state_dict(), dict(source.named_modules())
     own = model.state_dict()
     for convolution, norm in pairs:
-        weight, bias = own.pop(f'{convolution}.weight'), own.pop(f'{convolution}.bias')
-        scale = state[f'{norm}.running_var'].add(modules[norm].eps).rsqrt_()
-        shift = -state[f'{norm}.running_mean']
-        if f'{convolution}.bias' in state:
-            shift += state[f'{convolution}.bias']
-        if f'{norm}.weight' in state:
-            scale *= state[f'{norm}.weight']
-        shift *= scale
-        if f'{norm}.bias' in state:
-            shift += state[f'{norm}.bias']
-        torch.mul(state[f'{convolution}.weight'], scale.view(-1, 1, 1, 1), out=weight)
-        bias.copy_(shift)
+        folds = fuse_conv_bn_weights(
+            state[f'{convolution}.weight'], state.get(f'{convolution}.bias'), state[f'{norm}.running_mean'],
+            state[f'{norm}.running_var'], modules[norm].eps, state.get(f'{norm}.weight'), state.get(f'{norm}.bias'))
+        for name, tensor in zip(('weight', 'bias'), folds, strict=True):
+            own.pop(f'{convolution}.{name}').copy_(tensor)
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
