@@ -64,7 +64,7 @@ except ImportError as error:
 
 RECIPE = 1  # to be raised when this script trains differently in a way that the digests do not see
 CLASSES, PIXELS, MEAN, STD = 10, 28, 72.9, 90.  # the last two are of the training images' pixels, 0 to 255
-OPTIMIZER = {'opt': 'adamw', 'weight_decay': 0.05}
+OPTIMIZER = {'opt': 'adamw', 'weight_decay': 0.05, 'fused': True}
 WARMUP = 0.1  # share of the steps; then a cosine
 
 
@@ -81,8 +81,8 @@ class Regime:
 
 
 REGIMES = {
-    'small': Regime(100, epochs=80, batch=50),
-    'noisy': Regime(300, epochs=60, batch=100, noise=0.3),
+    'small': Regime(100, epochs=60, batch=50),
+    'noisy': Regime(300, epochs=40, batch=100, noise=0.3),
     'underfit': Regime(200, epochs=30, batch=50, augment=True),
     'full': Regime(None, epochs=8, batch=100, seeds=2, augment=True),
 }
@@ -156,7 +156,8 @@ class PsKdReference(Peer, ClassificationTask):
 @dataclass(frozen=True)
 class Method:
     """How a student is trained: `options` other than the defaults, the method whose student (of the same seed) is the
-    teacher, label `smoothing` of the task loss, `epochs` as a multiple of the regime's, a `peer` in AikdTask's place.
+    teacher, label `smoothing` of the task loss, `epochs` as a multiple of the regime's, a `peer` in AikdTask's place,
+    and T_c fitted on labels as noisy as the regime's.
     """
 
     options: dict
@@ -164,10 +165,12 @@ class Method:
     smoothing: float = 0.
     epochs: int = 1
     peer: Callable | None = None
+    noisy_calibration: bool = False
 
 
 PLAIN = {'teacher': 'none', 'alpha': 0.}  # every term off
-SELF_KD = {'alpha': 0., 'adv_weight': 0., 'teacher_temperature': 1.}
+SELF_KD = {  # as timm's script distills unless told otherwise
+    'alpha': 0., 'adv_weight': 0., 'teacher_temperature': 1., 'kd_weight': 1., 'temperature': 4.}
 PSKD = {'teacher': 'none', 'alpha': 0.8, 'progressive_temperature': 1., 'memory': 'store'}
 STORE = {'memory': 'store'}
 
@@ -187,6 +190,7 @@ METHODS = {
     'aikd-no-adv': Method({**STORE, 'adv_weight': 0.}),
     **{f'aikd-{loss}': Method({**STORE, 'adv_loss': loss}) for loss in ADV_LOSSES},
     'aikd-gen2': Method(STORE, teacher='aikd-store'),
+    'aikd-noisy-tc': Method(STORE, noisy_calibration=True),
 }
 REFERENCES = ('ce', 'ce-long', 'ls', 'kd', 'pskd')  # what the others are compared with
 
@@ -244,7 +248,8 @@ class Run:
         what = [
             RECIPE, regime.per_class, regime.batch, regime.noise, regime.augment, self.student, self.seed, self.epochs,
             OPTIMIZER, STUDENTS[self.student].lr, WARMUP, method.smoothing, getattr(method.peer, '__name__', None),
-            effective_options(self.config), self.teacher.digest if self.teacher else None]
+            effective_options(self.config), self.teacher.digest if self.teacher else None,
+            method.noisy_calibration and regime.noise > 0]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
     def __str__(self):
@@ -297,10 +302,15 @@ def training_images(regime: Regime, pool: TensorDataset) -> TensorDataset:
         return pool
     pixels, labels = pool[torch.cat(
         [(pool.tensors[1] == label).nonzero()[:regime.per_class, 0] for label in range(CLASSES)])]
-    generator = torch.Generator().manual_seed(0)
-    replaced = torch.randperm(len(labels), generator=generator)[:round(regime.noise * len(labels))]
+    return TensorDataset(pixels, with_noise(labels, regime.noise))
+
+
+def with_noise(labels: torch.Tensor, share: float) -> torch.Tensor:
+    """A copy in which so many labels, the same ones each time, are drawn anew."""
+    labels, generator = labels.clone(), torch.Generator().manual_seed(0)
+    replaced = torch.randperm(len(labels), generator=generator)[:round(share * len(labels))]
     labels[replaced] = torch.randint(CLASSES, (len(replaced),), generator=generator)
-    return TensorDataset(pixels, labels)
+    return labels
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -346,7 +356,9 @@ def create_task(run: Run, images: dict[str, TensorDataset], samples: int, teache
     if task.aikd.memory is not None and run.config.memory == 'store':
         task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
     if task.aikd.needs_temperature:
-        task.calibrate(evaluation_batches(images['calibration']))
+        pixels, labels = images['calibration'].tensors
+        noise = REGIMES[run.regime].noise if method.noisy_calibration else 0.
+        task.calibrate(evaluation_batches(TensorDataset(pixels, with_noise(labels, noise))))
     return task
 
 
