@@ -401,7 +401,9 @@ def evaluate(model: nn.Module, images: TensorDataset) -> tuple[dict[str, float],
 
 # ------------------------------------------------------------ results
 
+PARTS = ('test', 'validation')
 METRICS = {'error': ('error %', '.2f'), 'nll': ('NLL', '.3f'), 'ece': ('ECE %', '.2f'), 'aurc': ('AURC', '.1f')}
+SUMMARY = ('error', 'nll', 'ece')
 DISC = ('disc_first', 'disc_middle', 'disc_last')  # the discriminator's accuracy in these epochs
 NUMBERS = (*METRICS, 'teacher_temperature', 'seconds_per_step', *DISC)
 COLUMNS = ('regime', 'student', 'method', 'seed', 'part', 'options', *NUMBERS, 'epochs', 'digest', 'environment')
@@ -494,8 +496,10 @@ def train_all(runs: list[Run], part: str, folder: Path, results: Results) -> Non
             data = train_sets[run.regime]
             task = create_task(run, images, len(data), results.weights(run.teacher) if run.teacher else None)
             curves, model = train(task, run, data, bar), task.get_trainable_module()
-            metrics, bins = evaluate(model, images[part])
-            results.add(run, result_row(run, part, metrics, curves, task), curves, bins, model)
+            is_swept = run.method.startswith('sweep:')
+            for each in (part,) if is_swept else (*(other for other in PARTS if other != part), part):
+                metrics, bins = evaluate(model, images[each])  # one training serves both
+                results.add(run, result_row(run, each, metrics, curves, task), curves, bins, model)
             bar.write(f'{run}: ' + ', '.join(
                 f'{label} {metrics[name]:{form}}' for name, (label, form) in METRICS.items()))
 
@@ -516,10 +520,14 @@ def half_width(values: list[float]) -> float:
     return student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
+def paired(ours: dict, theirs: dict, metric: str) -> tuple[float, float]:
+    """Mean of the differences, over the seeds that both have, and half of its 95 % interval."""
+    values = [ours[seed][metric] - theirs[seed][metric] for seed in ours if seed in theirs]
+    return statistics.mean(values), half_width(values)
+
+
 def difference(ours: dict, theirs: dict, metric: str) -> str:
-    """Mean ± half of the 95 % interval, over the seeds that both have."""
-    values, form = [ours[seed][metric] - theirs[seed][metric] for seed in ours if seed in theirs], METRICS[metric][1]
-    mean, half = statistics.mean(values), half_width(values)
+    (mean, half), form = paired(ours, theirs, metric), METRICS[metric][1]
     mark = '**' if abs(mean) > half else ''
     return f'{mark}{mean:+{form}} ± {half:{form}}{mark}'
 
@@ -556,10 +564,51 @@ def print_tables(title: str, methods: dict[str, dict[int, dict]], references: li
               *(difference(rows, methods[reference], metric) for metric in METRICS)] for name, rows in others.items()])
 
 
+def print_summary(units: dict[tuple[str, str], dict[str, dict[int, dict]]], names: list[str]) -> None:
+    """Means of error, NLL and ECE in all regimes; bold where the difference from `ce` leaves out 0."""
+    def cell(methods, name, metric):
+        rows, (_, form) = methods[name], METRICS[metric]
+        text = format(statistics.mean(row[metric] for row in rows.values()), form)
+        if name == 'ce' or not rows.keys() & methods['ce'].keys():
+            return text
+        mean, half = paired(rows, methods['ce'], metric)
+        return f'**{text}**' if abs(mean) > half else text
+
+    def count(name):
+        return '/'.join(map(str, sorted({len(methods[name]) for methods in units.values() if name in methods})))
+
+    print_table(
+        '## Summary\n\nMean error % / NLL / ECE %, bold where the paired 95 % interval of the difference from ce '
+        'leaves out 0', ['method', 'n', *map(', '.join, units)],
+        [[name, count(name), *(
+            ' / '.join(cell(methods, name, metric) for metric in SUMMARY) if name in methods else ''
+            for methods in units.values())] for name in names])
+
+
+def plot_summary(path: str, units: dict[tuple[str, str], dict[str, dict[int, dict]]], name: str) -> None:
+    """Differences of a method from the references, with their 95 % intervals."""
+    figure = Figure(figsize=(11, 5), layout='constrained')
+    for axis, metric in zip(figure.subplots(1, len(SUMMARY), sharey=True), SUMMARY, strict=True):
+        for number, (unit, methods) in enumerate(units.items()):
+            known = [other for other in REFERENCES if min(len(methods.get(each, ())) for each in (other, name)) > 1]
+            points = [paired(methods[name], methods[other], metric) for other in known]
+            axis.errorbar(
+                [mean for mean, _ in points],
+                [REFERENCES.index(other) + 0.7 * (number + 0.5) / len(units) - 0.35 for other in known],
+                xerr=[half for _, half in points], fmt='o', markersize=4, label=', '.join(unit))
+        axis.axvline(0, color='black', linewidth=0.8)
+        axis.set_title(f'{METRICS[metric][0]}: {name} minus')
+        axis.grid(alpha=0.3)
+    axis.set_yticks(range(len(REFERENCES)), REFERENCES)
+    axis.invert_yaxis()
+    figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    figure.savefig(path, dpi=110)
+
+
 def plot_metrics(path: str, methods: dict[str, dict[int, dict]]) -> None:
     """Error, NLL and ECE with their 95 % intervals."""
     figure = Figure(figsize=(12, 1 + 0.25 * len(methods)), layout='constrained')
-    for axis, metric in zip(figure.subplots(1, 3, sharey=True), ('error', 'nll', 'ece'), strict=True):
+    for axis, metric in zip(figure.subplots(1, len(SUMMARY), sharey=True), SUMMARY, strict=True):
         values = [[row[metric] for row in by_seed.values()] for by_seed in methods.values()]
         bars = [half_width(each) if len(each) > 1 else 0. for each in values]
         axis.errorbar(list(map(statistics.mean, values)), list(methods), xerr=bars, fmt='o')
@@ -618,6 +667,10 @@ def report(runs: list[Run], part: str, results: Results, references: list[str], 
             stem = results.path.with_name(f'{results.path.stem}-{part}-{regime}-{student}')
             plot(stem, methods, results.details())
             print(f'\nPlots: {stem}-*.png')
+    if not are_trials:
+        print_summary(units, [name for name in METHODS if any(name in methods for methods in units.values())])
+        plot_summary(results.path.with_suffix('.png'), units, 'aikd-store')
+        print(f'\nPlot: {results.path.with_suffix(".png")}')
     print('\nTrained on: ' + '; '.join(sorted(environments)))
 
 
@@ -659,7 +712,7 @@ for name, choices in (('regimes', REGIMES), ('students', STUDENTS)):
 which.add_argument('--seeds', nargs='+', type=int, metavar='N',
                    help=f'default: 0 to 4, in full 0 and 1; with --sweep 0 to {SWEEP_SEEDS - 1}')
 which.add_argument('--epochs-scale', type=float, default=1., metavar='X', help='multiplies the epochs, for trials')
-which.add_argument('--part', choices=('test', 'validation'),
+which.add_argument('--part', choices=PARTS,
                    help='images to evaluate on (default: test; with --sweep validation, nothing else being allowed)')
 which.add_argument('--shard', type=shard, default=(1, 1), metavar='I/N',
                    help='only part I of N; a regime, student and seed belongs to one part with all its methods')

@@ -1,12 +1,13 @@
 """What a training step costs, as ratios of one run: AI-KD, timm's distillation and torchdistill on the same batches.
 
     python examples/benchmark_step.py [--models resnet18 ...] [--threads 1 2] [--rounds 15] [--compile]
-    python examples/benchmark_step.py --ways | --memory | --growth
+    python examples/benchmark_step.py --ways | --memory | --growth | --epochs 200
 
 Every method has a copy of the student and an SGD; the methods take turns, one step each a round, in an order that
 changes from round to round. Printed are medians over the rounds of the ratio within a round, with their quartiles.
 `--ways` compares ways to run a frozen model, `--memory` prints the peak memory of a step, `--growth`
-what the package adds beyond the forwards as classes, batch and ranks grow.
+what the package adds beyond the forwards as classes, batch and ranks grow, `--epochs` how a step's time
+changes over a long training, beside that of timm's own task.
 """
 import argparse
 import copy
@@ -281,6 +282,49 @@ def growth(rounds: int) -> None:
         print(f'| {ranks} | {queue.get():.2f} |', flush=True)
 
 
+def long_run(epochs: int) -> None:
+    """Steps of the last 20 epochs by those of the first 20 in which all terms are on; the methods take turns."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    classes, batch, steps, part = 100, 16, 10, min(20, epochs // 2)
+    student, answer = timm.create_model('test_resnet', num_classes=classes), torch.arange(float(classes))
+    teacher = nn.Module()
+    teacher.forward = lambda input: input.mean((1, 2, 3))[:, None] + answer
+    input, target = torch.randn(steps, batch, 3, 32, 32), torch.full((steps, batch), classes - 1)
+    plain = ClassificationTask(copy.deepcopy(student), nn.CrossEntropyLoss(), verbose=False)
+    tasks = {'plain': plain} | {f'AI-KD, {memory}': AikdTask(
+        copy.deepcopy(student), nn.CrossEntropyLoss(), teacher=Teacher(teacher), verbose=False, epochs=epochs,
+        config=AikdConfig(teacher_temperature=2., memory=memory)) for memory in ('store', 'snapshot')}
+    tasks['AI-KD, store'].aikd.use_memory(StoreMemory(RecordFormat(classes), steps * batch))
+    methods = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for epoch in range(epochs + 1):
+            for task in list(tasks.values())[1:]:
+                task.begin_epoch(epoch, checkpoint_folder=folder)
+            for step in range(steps):
+                for name, task in tasks.items():
+                    index = torch.arange(batch) + step * batch if name == 'AI-KD, store' else None
+                    if (name, step) not in methods:
+                        methods[name, step] = task_method(name, task, input[step], target[step], index=index)
+                    methods[name, step].timed_step()
+            for task in list(tasks.values())[1:]:
+                task.end_epoch()
+    print(f'{epochs} epochs of {steps} steps, one thread: the last {part} epochs by the first {part}\n')
+    print('| method | ms a step at first | at last, of that | the same in steps of plain |\n|---|---|---|---|')
+    medians = {}  # of each epoch but the first, which has no progressive term
+    for name in tasks:
+        seconds = (methods[name, step].seconds[1:] for step in range(steps))
+        medians[name] = [statistics.median(epoch) for epoch in zip(*seconds, strict=True)]
+    for name, seconds in medians.items():
+        in_plain = [own / plain for own, plain in zip(seconds, medians['plain'], strict=True)]
+        cells = []
+        for each in (seconds, in_plain):
+            growth = [last / first for first, last in zip(each[:part], each[-part:], strict=True)]
+            low, middle, high = statistics.quantiles(growth, n=4)
+            cells.append(f'{middle:.3f} ({low:.3f} to {high:.3f})')
+        print(f'| {name} | {1000 * statistics.median(seconds[:part]):.2f} | {cells[0]} | {cells[1]} |')
+
+
 def _rank(rank: int, ranks: int, rounds: int, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method='tcp://127.0.0.1:29577', rank=rank, world_size=ranks)
@@ -350,11 +394,14 @@ def main() -> None:
     parser.add_argument('--ways', action='store_true', help='ways to run a frozen model instead')
     parser.add_argument('--memory', action='store_true', help='peak memory instead')
     parser.add_argument('--growth', action='store_true', help='how the costs grow')
+    parser.add_argument('--epochs', type=int, help='steps at the begin and the end of so many epochs instead')
     args = parser.parse_args()
     print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads at most; Python '
           f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}\n')
     random.seed(0)
-    if args.growth:
+    if args.epochs:
+        long_run(args.epochs)
+    elif args.growth:
         growth(args.rounds)
     elif args.ways:
         ways(args.models, args.rounds)

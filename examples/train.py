@@ -140,11 +140,14 @@ def parse_args():
     """The arguments, and their text for args.yaml."""
     path = config_parser.parse_known_args()[0].config
     if path:
-        with open(path) as file:
-            defaults = yaml.safe_load(file) or {}
+        try:
+            with open(path) as file:
+                defaults = dict(yaml.safe_load(file) or {})
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
+            parser.error(f'--config {path}: not a YAML file of keys and values')
         unknown = defaults.keys() - {action.dest for action in parser._actions}
         if unknown:
-            parser.error(f'{path}: unknown key {", ".join(sorted(unknown))}')
+            parser.error(f'--config {path}: unknown key {", ".join(sorted(map(str, unknown)))}')
         parser.set_defaults(**defaults)
     args = parser.parse_args()
     if not (args.data_dir or args.dataset):

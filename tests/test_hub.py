@@ -262,12 +262,14 @@ def kill_in_mid_file(server, folder, environment):
             env={name: value for name, value in {
                 **os.environ, 'OMP_NUM_THREADS': '1', **environment, 'HF_HUB_DOWNLOAD_TIMEOUT': '60',
             }.items() if value is not None}) as process:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         parts = (folder / 'home' / 'hub' / 'models--org--killed' / 'blobs')
-        while not any(part.stat().st_size for part in parts.glob('*.incomplete')):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-        process.kill()
+        try:
+            while not any(part.stat().st_size for part in parts.glob('*.incomplete')):
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.05)
+        finally:
+            process.kill()
     assert any(part.stat().st_size for part in parts.glob('*.incomplete'))
 
 

@@ -244,7 +244,8 @@ def test_binds_and_puts_back():
         script.parse(*TEACHER)
         script.parse(*TEACHER)  # a second main() in one process
         bound = {name for name, value in script.globals.items() if value != script.before[name]}
-        assert bound == {'ClassificationTask', 'train_one_epoch', 'create_loader', 'validate'}
+        assert bound == {
+            'ClassificationTask', 'train_one_epoch', 'resume_task_checkpoint', 'create_loader', 'validate'}
         script.parse()
         assert script.globals == script.before and sys.excepthook is hook
         script.parse(*TEACHER)

@@ -1,7 +1,6 @@
 """Training scripts, ours and timm's unmodified ones, run as a user runs them."""
 import csv
 import os
-import random
 import subprocess
 import sys
 import time
@@ -191,35 +190,6 @@ def test_killed_and_resumed_with_the_exact_table(image_folder, phase1, tmp_path)
     epoch = torch.load(last, weights_only=False)['epoch']
     done = run(*words, '--epochs', epoch + 2, '--resume', last)
     assert f'prediction memory of epoch {epoch} restored, 36 samples' in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(image_folder, phase1, tmp_path):
-    """Twenty times; the memory after a resume is the checkpoint's or, said so, none."""
-    chance, restored = random.Random(0), 0
-    for attempt in range(20):
-        folder = tmp_path / f'student{attempt}'
-        words = command(
-            training_scripts()['examples'], image_folder, tmp_path, folder.name, *aikd(phase1), '--epochs', '200')
-        wait = chance.uniform(0.2, 3.)
-        began = []
-
-        def moment(folder=folder, began=began, wait=wait):
-            if not began and folder.exists():
-                began.append(time.monotonic())
-            return bool(began) and time.monotonic() - began[0] > wait
-
-        last = killed_run(words, folder, moment)
-        if last is None:
-            continue
-        saved = torch.load(last, weights_only=False)
-        done = run(*words, '--epochs', saved['epoch'] + 2, '--resume', last)
-        log = done.stdout + done.stderr
-        memory = saved['task_state']['aikd']['memory']
-        assert memory['epoch'] == saved['epoch']
-        assert f'prediction memory of epoch {saved["epoch"]} restored, 36 samples' in log, log
-        restored += 1
-    assert restored >= 10
 
 
 def test_no_validation_split(image_folder, phase1, tmp_path):

@@ -461,7 +461,7 @@ def refused(spec, student, *fragments, **options):
 
 @pytest.mark.parametrize('spec, fragment', [
     ('nonsense', 'allowed: hf-hub:ORG/NAME'),
-    ('', 'no model_best.pth.tar'),
+    ('', 'no such file, folder or timm model'),
     ('ftp://host/x', 'allowed: hf-hub:ORG/NAME'),
     ('timm/resnet18', 'did you mean hf-hub:timm/resnet18'),
     ('hf-hub:', 'hf-hub:ORG/NAME[@REVISION]'),

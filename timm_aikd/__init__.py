@@ -30,6 +30,8 @@ The files, in reading order:
 Importing this package imports neither torch nor timm.
 """
 import importlib
+import re
+from typing import TYPE_CHECKING
 
 __version__ = '0.1.0'
 
@@ -49,14 +51,33 @@ __all__ = ['AikdError', *_HOME]
 
 
 class AikdError(ValueError):
-    """A mistake the user can mend, said in one line: what is wrong, the value, what is allowed, the remedy."""
+    """A mistake the user can mend, said in one line: what is wrong, the value, what is allowed, the remedy.
+
+    Of what would make it longer than that, the middle is left out; what it quotes may hold line breaks, or a token.
+    """
+
+    def __str__(self) -> str:
+        text = ' '.join(''.join(char if char.isprintable() else ' ' for char in super().__str__()).split())
+        text = re.sub(r'hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s]+@', '***', text)
+        return text if len(text) <= 270 else f'{text[:110]} ... {text[-155:]}'
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
+if TYPE_CHECKING:
+    from .aikd import Aikd as Aikd
+    from .config import AikdConfig as AikdConfig
+    from .discriminator import Discriminator as Discriminator
+    from .memory import SnapshotMemory as SnapshotMemory
+    from .memory import StoreMemory as StoreMemory
+    from .records import RecordFormat as RecordFormat
+    from .task import AikdTask as AikdTask
+    from .teacher import Teacher as Teacher
+    from .teacher import load_teacher as load_teacher
+else:
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])

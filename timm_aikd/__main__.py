@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from . import AikdError, __version__
 from .launch import run_script
@@ -57,7 +58,7 @@ def _run(path: str, *arguments: str) -> None:
     try:
         open(path, 'rb').close()
     except OSError as error:
-        sys.exit(f'timm-aikd: cannot read {path}: {error.strerror}; give the path of a script')
+        sys.exit(f'timm-aikd: {AikdError(f"cannot read {path}: {error.strerror}; give the path of a script")}')
     run_script(path, list(arguments))
 
 
@@ -83,7 +84,12 @@ def _push(arguments: list[str]) -> None:
         epilog='example: timm-aikd push out/phase2 me/resnet50-flowers --license apache-2.0'))
 
 
-def _do(command, add_arguments, arguments: list[str], parser: argparse.ArgumentParser) -> None:
+def _do(
+        command: Callable[[argparse.Namespace], None],
+        add_arguments: Callable[[argparse.ArgumentParser], None],
+        arguments: list[str],
+        parser: argparse.ArgumentParser,
+) -> None:
     add_arguments(parser)
     try:
         command(parser.parse_args(arguments))

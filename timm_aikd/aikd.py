@@ -1,5 +1,6 @@
 """The method: task loss, progressive, kd and adversarial terms joined into one regularised loss."""
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .config import AikdConfig
 from .discriminator import Discriminator
 from .loss import alpha_at, binary_soft_loss, kd_loss, progressive_loss, top1
 from .memory import SnapshotMemory, StoreMemory
-from .ranks import gather_rows, is_distributed, sum_over_ranks, world_size
+from .ranks import gather_rows, is_distributed, rank, sum_over_ranks, world_size
 from .teacher import Teacher, better_than_chance
 
 _logger = logging.getLogger(__name__)
@@ -32,8 +33,53 @@ _SAME_TEACHER = ('teacher', 'teacher_model', 'teacher_dtype', 'teacher_size')  #
 _SAME_DISCRIMINATOR = ('adv_loss', 'disc_input', 'disc_hidden', 'disc_opt')  # or it starts fresh
 _CHANCE_SAMPLES = 1024  # training samples, over all ranks, after which the teacher's top-1 is tested
 
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and targets, mean over the batch
+
 # What a step adds to the epoch's sums, each times the batch size: its mean over the epoch's samples is reported.
 _MEANS = ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1')
+# And what is not finite: batches whose loss is not, steps that D skipped, samples that the teacher did not answer.
+_COUNTS = ('lost', 'skipped', 'unanswered')
+
+
+# What a state holds, besides that of the discriminator: whether a value of an entry can be one of `get_state`.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    'config': lambda x: isinstance(x, dict) and all(isinstance(key, str) and _is_plain(x[key]) for key in x),
+    'epoch': lambda x: isinstance(x, int),
+    'teacher_temperature': lambda x: x is None or isinstance(x, float) and 0 < x < math.inf,
+    'teacher_metrics': lambda x: x is None or isinstance(x, dict) and all(
+        isinstance(key, str) and isinstance(value, (int, float)) for key, value in x.items()),
+    'teacher_precision': lambda x: isinstance(x, str) and x in ('bfloat16', 'float32'),
+    'teacher_given': lambda x: isinstance(x, str),
+    'memory': lambda x: x is None or isinstance(x, dict) and isinstance(x.get('epoch'), int) and all(
+        isinstance(x.get(key), str) for key in ('name', 'folder', 'digest')),
+}
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is no state of `Aikd.get_state`.
+
+    Raises:
+        AikdError: It is something else, of a newer version, or damaged.
+    """
+    if not isinstance(state, dict):
+        raise AikdError(
+            f'AI-KD: what the checkpoint holds is no state of AI-KD but {state!r:.80}: resume from another checkpoint')
+    version = state.get('version')
+    if not _is_plain(version) or version != _STATE_VERSION:
+        raise AikdError(
+            f'AI-KD: the checkpoint\'s state is of version {version!r:.80}, known is {_STATE_VERSION}: install the '
+            f'timm-aikd that wrote it')
+    for name, is_fine in _ENTRIES.items():
+        if (name in state or name == 'config') and not is_fine(state.get(name)):
+            raise AikdError(
+                f'AI-KD: the checkpoint\'s state is damaged ({name} {state.get(name)!r:.80}): resume from another '
+                f'checkpoint')
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be compared: a tensor among others can not."""
+    return value is None or isinstance(value, (int, float, str)) or (
+        isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
 
 
 class Aikd(nn.Module):
@@ -59,6 +105,9 @@ class Aikd(nn.Module):
         ValueError: The discriminator's optimizer cannot be used.
     """
 
+    _sums: torch.Tensor
+    _chance_correct: torch.Tensor
+
     def __init__(
             self,
             num_classes: int,
@@ -67,7 +116,7 @@ class Aikd(nn.Module):
             epochs: int = 1,
             binary: bool = False,
             sum_classes: bool = False,
-            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+            criterion: Criterion | None = None,
             device: torch.device | None = None,
     ):
         super().__init__()
@@ -76,8 +125,6 @@ class Aikd(nn.Module):
             raise AikdError(f'AI-KD needs at least 2 classes, the student has {num_classes}')
         if epochs < 1:
             raise AikdError(f'AI-KD needs at least 1 scheduled epoch, not {epochs}')
-        if config.has_teacher and teacher is None:
-            raise AikdError('AI-KD needs a teacher: give one, or set the kd and adversarial weights to 0')
         self.num_classes, self.epochs, self.binary, self.sum_classes = num_classes, epochs, binary, sum_classes
         self.criterion = criterion or (
             BinaryCrossEntropy(smoothing=0., sum_classes=sum_classes) if binary else nn.CrossEntropyLoss())
@@ -89,6 +136,8 @@ class Aikd(nn.Module):
         self.memory: SnapshotMemory | StoreMemory | None = SnapshotMemory() if config.alpha > 0 else None
         self._memory_state: tuple[dict[str, Any] | None, list[Path]] | None = None  # loaded, and not yet used
         if config.has_teacher:
+            if teacher is None:
+                raise AikdError('AI-KD needs a teacher: give one, or set the kd and adversarial weights to 0')
             self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher).to(device)
             self._set_temperature(config.teacher_temperature)
         if config.has_teacher and config.adv_weight > 0:
@@ -99,7 +148,7 @@ class Aikd(nn.Module):
         self.alpha, self.adv_weight = 0., config.adv_weight
         self.steps = 0  # taken by this object, in any epoch
         self._chance_seen: int | None = 0  # samples so far; None: tested
-        self.register_buffer('_sums', torch.zeros(len(_MEANS) + 2, device=device), persistent=False)
+        self.register_buffer('_sums', torch.zeros(len(_MEANS) + 1 + len(_COUNTS), device=device), persistent=False)
         self.register_buffer('_chance_correct', torch.zeros((), device=device), persistent=False)
 
     def _set_temperature(self, temperature: float | str) -> None:
@@ -107,7 +156,7 @@ class Aikd(nn.Module):
         if self.teacher is not None:
             self.teacher.temperature = 1. if self.needs_temperature else float(temperature)
 
-    def compile(self, **kwargs) -> None:
+    def compile(self, **kwargs: Any) -> None:
         """Compile the two networks that only run forward; arguments as those of `torch.compile`."""
         for module in (self.teacher, self.memory):
             if module is not None:
@@ -127,18 +176,26 @@ class Aikd(nn.Module):
         self.teacher.temperature = 1.
         trial, self.teacher.trial = self.teacher.trial, None  # only training steps show what precision they run in
         device = self._sums.device
-        logits, target = [torch.empty(0, self.num_classes, device=device)], [torch.empty(0, dtype=int, device=device)]
-        for input, labels in batches:
-            logits.append(self.teacher(input))
-            target.append(labels)
+        answers = [torch.empty(0, self.num_classes, device=device)]
+        labels = [torch.empty(0, dtype=torch.long, device=device)]
+        for input, target in batches:
+            answers.append(self.teacher(input))
+            labels.append(target)
         self.teacher.trial = trial
-        logits, target = gather_rows(torch.cat(logits)), gather_rows(torch.cat(target))
+        logits, target = gather_rows(torch.cat(answers)), gather_rows(torch.cat(labels))
         if len(target) == 0:
             raise AikdError('AI-KD: no validation images to fit T_c on; set --aikd-teacher-temperature to a number')
         if logits.shape[-1] != self.num_classes or not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
             raise AikdError(
                 f'AI-KD: the teacher has {logits.shape[-1]} classes, the validation labels go from {int(target.min())} '
                 f'to {int(target.max())}, the student has {self.num_classes} classes: they must agree')
+        answered = logits.isfinite().all(-1)
+        if not answered.all():  # one NaN would be the mean's
+            text = f'{int((~answered).sum())} of {len(target)} validation images, {self.teacher.name} gives no finite'
+            if not answered.any():
+                raise AikdError(f'AI-KD: for {text} answer: a broken checkpoint, or too low an --aikd-teacher-dtype')
+            _logger.warning(f'AI-KD: for {text} answer: T_c is fitted on the others')
+            logits, target = logits[answered], target[answered]
         temperature = torch.tensor(fit_temperature(logits, target, self.binary), device=logits.device)
         if is_distributed():
             dist.broadcast(temperature, 0)
@@ -216,12 +273,12 @@ class Aikd(nn.Module):
         config = self.config
         zero = torch.zeros((), device=logits.device)
         progressive = kd = adv = disc = accuracy = correct = zero
-        stepped = torch.ones((), dtype=torch.bool, device=logits.device)
+        stepped = answered = torch.ones((), dtype=torch.bool, device=logits.device)
         loss = task_loss
-        if self.alpha > 0:
-            progressive = self._progressive(logits, target, *self.memory.recall(input, index))
-            loss = (1 - self.alpha) * loss + self.alpha * progressive
         if self.memory is not None:
+            if self.alpha > 0:
+                progressive = self._progressive(logits, target, *self.memory.recall(input, index))
+                loss = (1 - self.alpha) * loss + self.alpha * progressive
             self.memory.record(index, logits, target)
         if self.teacher is not None:
             teacher_logits = self.teacher(input)
@@ -229,16 +286,20 @@ class Aikd(nn.Module):
                 raise AikdError(
                     f'AI-KD: the teacher answers {list(teacher_logits.shape)}, the student {list(logits.shape)}: '
                     f'they must have the same classes')
-            correct = top1(teacher_logits, target)[1].float()
+            answered = teacher_logits.sum(-1).isfinite()  # as no sum with a NaN or an infinity in it is
+            correct = (answered & top1(teacher_logits, target)[1]).float()
             if config.kd_weight > 0:
-                kd = self._soft_loss(kd_loss, logits, teacher_logits, config.temperature)
+                # where the student is its own teacher, there is nothing to learn
+                soft = torch.where(answered[:, None], teacher_logits, logits.detach())
+                kd = self._soft_loss(kd_loss, logits, soft, config.temperature)
                 loss = loss + config.kd_weight * kd
             if self.discriminator is not None:
                 disc, accuracy, stepped = self.discriminator.update(teacher_logits, logits)
                 adv = torch.where(stepped, self.discriminator.generator_loss(logits), 0.)
                 loss = loss + self.adv_weight * adv
-            self._watch_chance(correct)
-        self._count(len(logits), stepped, task_loss, progressive, kd, adv, disc, accuracy, correct.mean())
+            self._watch_chance(self.teacher, correct)
+        counts = ~loss.detach().isfinite(), ~stepped, ~answered
+        self._count(len(logits), counts, task_loss, progressive, kd, adv, disc, accuracy, correct.mean())
         parts = {'task': task_loss, 'progressive': progressive, 'kd': kd, 'adv': adv, 'disc': disc}
         # clones: the script divides result['loss'] in place, which may be task_loss itself
         return {'loss': loss, **{f'{name}_loss': part.detach().clone() for name, part in parts.items()}}
@@ -263,35 +324,43 @@ class Aikd(nn.Module):
             progressive_loss, logits.index_select(0, has), past.index_select(0, has), temperature)
         return (len(has) * soft + len(lacks) * own) / len(logits)
 
-    def _soft_loss(self, softmax_loss, logits: torch.Tensor, soft: torch.Tensor, temperature: float) -> torch.Tensor:
+    def _soft_loss(
+            self,
+            softmax_loss: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+            logits: torch.Tensor,
+            soft: torch.Tensor,
+            temperature: float,
+    ) -> torch.Tensor:
         if self.binary:
             return binary_soft_loss(logits, soft, temperature, self.sum_classes)
         return softmax_loss(logits, soft, temperature)
 
     @torch.no_grad()
-    def _count(self, samples: int, stepped: torch.Tensor, *means: torch.Tensor) -> None:
+    def _count(self, samples: int, counts: Sequence[torch.Tensor], *means: torch.Tensor) -> None:
         self.steps += 1
         disc = _MEANS.index('disc')
         values = [value.detach().float() for value in means]
-        values[disc:disc + 2] = [torch.where(stepped, value, 0.) for value in values[disc:disc + 2]]
-        self._sums += samples * torch.stack([*values, torch.ones_like(values[0]), (~stepped).float() / samples])
+        skipped = counts[_COUNTS.index('skipped')]
+        values[disc:disc + 2] = [torch.where(skipped, 0., value) for value in values[disc:disc + 2]]
+        sums = samples * torch.stack([*values, torch.ones_like(values[0])])
+        self._sums += torch.cat([sums, torch.stack([count.sum() for count in counts])])
 
-    def _watch_chance(self, correct: torch.Tensor) -> None:
+    def _watch_chance(self, teacher: Teacher, correct: torch.Tensor) -> None:
         if self._chance_seen is not None:
             self._chance_correct += correct.sum()
             self._chance_seen += len(correct)
             if self._chance_seen * world_size() >= _CHANCE_SAMPLES:
-                self._test_chance()
+                self._test_chance(teacher, self._chance_seen)
 
-    def _test_chance(self) -> None:
+    def _test_chance(self, teacher: Teacher, seen: int) -> None:
         """Stop the run if the teacher's first answers were no better than guessing: the one sync of the first epoch."""
-        counts = torch.stack([self._chance_correct, self._chance_correct.new_tensor(float(self._chance_seen))])
+        counts = torch.stack([self._chance_correct, self._chance_correct.new_tensor(float(seen))])
         correct, count = map(int, sum_over_ranks(counts).tolist())
         self._chance_seen = None
-        self.teacher.settle()
+        teacher.settle()
         if not better_than_chance(correct, count, self.num_classes):
             raise AikdError(
-                f'AI-KD: teacher {self.teacher.name} is right on {100 * correct / count:.1f} % of the first {count} '
+                f'AI-KD: teacher {teacher.name} is right on {100 * correct / count:.1f} % of the first {count} '
                 f'training samples, no better than chance ({100 / self.num_classes:.1f} %): wrong class order or a '
                 f'broken checkpoint; check --aikd-teacher and the data set\'s --class-map')
 
@@ -308,10 +377,25 @@ class Aikd(nn.Module):
         """
         if self.memory is not None:
             self.memory.end_epoch()
-        *totals, samples, skipped = sum_over_ranks(self._sums).tolist()
+        *totals, samples, lost, skipped, unanswered = sum_over_ranks(self._sums).tolist()
+        if rank() == 0:
+            self._warn(int(lost), int(skipped) // world_size(), int(unanswered), int(samples))
         metrics = dict(zip(_MEANS, (total / max(samples, 1) for total in totals), strict=True))
         metrics['teacher_top1'] *= 100
         return {**metrics, 'alpha': self.alpha, 'disc_skipped': skipped / world_size()}
+
+    def _warn(self, lost: int, skipped: int, unanswered: int, samples: int) -> None:
+        epoch = f'AI-KD: epoch {self.epoch}'
+        if lost:
+            _logger.warning(
+                f'{epoch}: the loss of {lost} batches was not finite: unless a gradient scaler has skipped them, the '
+                f'student is lost: resume from an earlier checkpoint, with a lower --lr or with --clip-grad')
+        elif unanswered:
+            _logger.warning(
+                f'{epoch}: for {unanswered} of {samples} samples the teacher gave no finite answer: they had no kd; '
+                f'D skipped {skipped} steps; if the teacher overflows, --aikd-teacher-dtype float32')
+        elif skipped:
+            _logger.warning(f'{epoch}: D skipped {skipped} steps that were not finite')
 
     def save_memory(self, folder: Path | str | None) -> None:
         """Write a store memory beside the checkpoints, for `get_state` to name it; after `end_epoch`, on all ranks.
@@ -347,17 +431,16 @@ class Aikd(nn.Module):
             folders: Where to look for the store memory's file, before the folder that it was written to.
 
         Raises:
-            AikdError: The state is not ours or of a newer version, or its discriminator is damaged.
+            AikdError: The state is damaged, not ours or of a newer version. This object is as it was before.
         """
-        if state.get('version') != _STATE_VERSION:
-            raise AikdError(
-                f'AI-KD: the checkpoint\'s state is of version {state.get("version")!r}, known is {_STATE_VERSION}: '
-                f'install the timm-aikd that wrote it')
+        check_state(state)
         config, changed = self.config.to_dict(), state['config']
         for name in sorted(config.keys() | changed.keys()):
             if config.get(name) != changed.get(name):
                 _logger.warning(
-                    f'AI-KD: aikd_{name} was {changed.get(name)!r} in the checkpoint, is {config.get(name)!r} now')
+                    f'AI-KD: aikd_{name} was {changed.get(name)!r:.80} in the checkpoint, is {config.get(name)!r} now')
+        if self.discriminator is not None:
+            self._load_discriminator(self.discriminator, state)  # first, for it may fail
         is_same_teacher = all(config[name] == changed.get(name) for name in _SAME_TEACHER)
         if is_same_teacher and self.teacher is not None and 'teacher_precision' in state:
             self.teacher.decide(state['teacher_precision'])
@@ -367,15 +450,16 @@ class Aikd(nn.Module):
             self._set_temperature(self.fitted_temperature or 'auto')
         self._memory_state = state.get('memory'), list(folders)
         self._restore_memory()
-        if self.discriminator is None:
-            return
+
+    def _load_discriminator(self, discriminator: Discriminator, state: dict[str, Any]) -> None:
+        config, changed = self.config.to_dict(), state['config']
         same = all(config[name] == changed.get(name) for name in _SAME_DISCRIMINATOR)
-        if 'discriminator' not in state or not same or state.get('binary') != self.binary:
+        if 'discriminator' not in state or not same or state.get('binary') is not self.binary:
             _logger.warning('AI-KD: the checkpoint has no such discriminator: it starts fresh')
             return
         try:
-            self.discriminator.load_state(state['discriminator'])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            discriminator.load_state(state['discriminator'])
+        except Exception as error:  # of torch, which checks some of it, or of what it lets through
             raise AikdError(
                 'AI-KD: the checkpoint\'s discriminator cannot be read: resume from another checkpoint') from error
 

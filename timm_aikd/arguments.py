@@ -1,5 +1,6 @@
 """The arguments of a training script: what is checked, and told from them, before anything is built."""
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,11 @@ def check_arguments(args: argparse.Namespace) -> AikdConfig:
         AikdError: A bad option, a conflict with another argument, or a teacher that is not there.
     """
     config = AikdConfig.from_args(args)
+    if args.epochs < 1:
+        raise AikdError(f'--epochs {args.epochs}: with --aikd at least 1')
+    resume = getattr(args, 'resume', None)
+    if resume and not os.path.isfile(resume):
+        raise AikdError(f'--resume {resume}: no such file: check the path')
     for name, flag, conflicts, remedy in _CONFLICTS:
         value = getattr(args, name, None)
         if value is not None and conflicts(value):
@@ -76,13 +82,13 @@ def _check_memory(config: AikdConfig, args: argparse.Namespace) -> None:
         try:
             with tempfile.TemporaryFile(dir=config.memory_dir):
                 pass
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise AikdError(
-                f'--aikd-memory-dir {config.memory_dir}: cannot be written to ({error.strerror}); name an existing '
-                f'folder with room for the prediction table') from error
+                f'--aikd-memory-dir {config.memory_dir}: cannot be written to ({getattr(error, "strerror", error)}); '
+                f'name an existing folder with room for the prediction table') from error
 
 
-def _check_optimizer(config) -> None:
+def _check_optimizer(config: AikdConfig) -> None:
     try:
         Discriminator(2, config.disc_hidden[:0], opt=config.disc_opt, lr=config.disc_lr)
     except Exception as error:  # timm's own of many kinds
@@ -94,4 +100,5 @@ def _check_optimizer(config) -> None:
 def scheduled_epochs(args: argparse.Namespace) -> int:
     """Epochs of timm's cosine schedule with its default single cycle, where the script does not tell."""
     warmup = args.warmup_epochs if getattr(args, 'warmup_prefix', False) else 0
-    return max(1, args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup)
+    epochs: int = args.epochs + getattr(args, 'cooldown_epochs', 0) + warmup
+    return max(1, epochs)

@@ -8,11 +8,14 @@ are left alone. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `TIMM_AIKD_AUTOLOAD=0` turn
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 # Options that timm's training scripts have had since 0.9 and that no other script of timm has all of.
 SIGNATURE = {'model', 'epochs', 'sched', 'opt', 'mixup', 'cutmix', 'smoothing', 'bce_loss', 'model_ema'}
 
-_original = None  # argparse's own method while ours stands in its place
+_original: Callable[..., Any] | None = None  # argparse's own method while ours stands in its place
 _armed = False
 
 
@@ -31,7 +34,7 @@ def watch_parsers() -> None:
     _armed = True
     if _original is None:
         _original = argparse.ArgumentParser.parse_known_args
-        argparse.ArgumentParser.parse_known_args = _parse_known_args
+        argparse.ArgumentParser.parse_known_args = _parse_known_args  # type: ignore[method-assign]
 
 
 def unwatch_parsers() -> None:
@@ -39,11 +42,17 @@ def unwatch_parsers() -> None:
     global _armed, _original
     _armed = False
     if _original is not None and argparse.ArgumentParser.parse_known_args is _parse_known_args:
-        argparse.ArgumentParser.parse_known_args = _original
+        argparse.ArgumentParser.parse_known_args = _original  # type: ignore[method-assign]
         _original = None
 
 
-def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
+def _parse_known_args(
+        self: argparse.ArgumentParser,
+        args: Any = None,
+        namespace: Any = None,
+        *more: Any,
+        **kwargs: Any,
+) -> Any:
     parse = _original or argparse.ArgumentParser.parse_known_args
     try:
         script = _calling_globals() if _armed else {}
@@ -60,14 +69,14 @@ def _parse_known_args(self, args=None, namespace=None, *more, **kwargs):
     return parse(self, args, namespace, *more, **kwargs)
 
 
-def _calling_globals() -> dict:
+def _calling_globals() -> dict[str, Any]:
     """Globals of the module that asked for the parse: the first frame outside argparse and this file."""
-    frame = sys._getframe(1)
-    while frame.f_globals.get('__name__') in (__name__, argparse.__name__):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get('__name__') in (__name__, argparse.__name__):
         frame = frame.f_back
-    return frame.f_globals
+    return frame.f_globals if frame is not None else {}
 
 
-def _is_training(parser) -> bool:
+def _is_training(parser: Any) -> bool:
     # issubclass: isinstance would ask a lazy proxy among the globals for its __class__
     return issubclass(type(parser), argparse.ArgumentParser) and SIGNATURE <= {x.dest for x in parser._actions}

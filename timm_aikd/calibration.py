@@ -74,6 +74,6 @@ def area_under_risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) ->
     wrong = 1 - correct.double()[order]
     _, group, size = torch.unique_consecutive(confidence, return_inverse=True, return_counts=True)
     share = torch.zeros(len(size), dtype=wrong.dtype, device=wrong.device).index_add(0, group, wrong) / size
-    errors = share[group].cumsum(0)
+    errors: torch.Tensor = share[group].cumsum(0)
     coverage = torch.arange(1, len(errors) + 1, device=errors.device)
     return 1000 * (errors / coverage).mean().item()

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from . import AikdError
@@ -16,8 +17,20 @@ def data_set_classes(data_set: Any) -> list[str] | None:
     for holder in (getattr(data_set, 'reader', None), data_set):
         indices = getattr(holder, 'class_to_idx', None)
         if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
-            return sorted(indices, key=indices.get)
+            return sorted(indices, key=indices.__getitem__)
     return None
+
+
+def class_count(student: nn.Module) -> int:
+    """Number of the student's classes.
+
+    Raises:
+        AikdError: It does not tell.
+    """
+    count: int | None = getattr(student, 'num_classes', None)
+    if count is None:
+        raise AikdError('AI-KD: the student has no attribute num_classes: set it to the number of its classes')
+    return count
 
 
 def match_classes(
@@ -52,17 +65,18 @@ def match_classes(
     ours = list(class_names) if class_names is not None and len(class_names) == student_classes else None
     common = 0
     may_guess = is_published or teacher_classes != student_classes
-    for theirs in _namings(config, teacher_classes, may_guess) if ours is not None else ():
-        columns = [theirs[name] for name in map(_plain, ours) if name in theirs]
-        if len(columns) == len(set(columns)) == len(ours):
-            if columns == list(range(teacher_classes)):
-                return None
-            _logger.info(
-                f'AI-KD: the {student} has {len(ours)} of {teacher_classes} classes of the teacher, found by name'
-                if len(ours) < teacher_classes else
-                'AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
-            return columns
-        common = max(common, len(columns))
+    if ours is not None:
+        for theirs in _namings(config, teacher_classes, may_guess):
+            columns = [theirs[name] for name in map(_plain, ours) if name in theirs]
+            if len(columns) == len(set(columns)) == len(ours):
+                if columns == list(range(teacher_classes)):
+                    return None
+                _logger.info(
+                    f'AI-KD: the {student} has {len(ours)} of {teacher_classes} classes of the teacher, found by name'
+                    if len(ours) < teacher_classes else
+                    'AI-KD: same classes in another order: the teacher\'s outputs are reordered by name')
+                return columns
+            common = max(common, len(columns))
     names = _names(config, teacher_classes)
     if teacher_classes == student_classes and (ours is None or not names or common == 0):
         assumed = 'the same order is assumed' + (
@@ -94,7 +108,7 @@ def _names(config: dict[str, Any], classes: int) -> list[str]:
     """Class names in a teacher's config, in order; empty where it has none."""
     names = config.get('label_names') or []
     if isinstance(names, dict):
-        names = [names.get(str(i), names.get(i)) for i in range(classes)]
+        names = [names.get(str(i), names.get(i, '')) for i in range(classes)]
     return list(names)
 
 

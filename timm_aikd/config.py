@@ -1,6 +1,8 @@
 """Every option once: its flag, YAML key, checkpoint entry and row in the README's table come from here."""
 import argparse
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -77,7 +79,7 @@ class AikdConfig:
         'where only the largest are kept (default: the host\'s folder for temporary files)', type=str, metavar='DIR')
     seed: int = _option(0, 'seeds the discriminator alone', low=0, high=2 ** 63 - 1, metavar='N')
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name == 'disc_hidden':
@@ -136,7 +138,7 @@ def _flag(name: str) -> str:
     return '--aikd-' + name.replace('_', '-')
 
 
-def _number_or(word: str, kind: type):
+def _number_or(word: str, kind: Callable[[str], float]) -> Callable[[str], float | str]:
     def number(text: str) -> float | str:
         return text if text == word else kind(text)
     number.__name__ = f'number or {word}'
@@ -162,7 +164,7 @@ def _check(flag: str, value: Any, rule: Any) -> None:
         fine = True
     else:
         fine = isinstance(value, (int, float) if rule['type'] is float else int) and not isinstance(value, bool)
-        fine = fine and math.isfinite(value) and rule['low'] <= value <= rule.get('high', math.inf)
+        fine = fine and rule['low'] <= value <= rule.get('high', sys.float_info.max)
         fine = fine and not (rule.get('open_low') and value == rule['low'])
     if not fine:
         finite = '; numbers must be finite' if value in (math.inf, -math.inf) or value != value else ''

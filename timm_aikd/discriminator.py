@@ -1,5 +1,6 @@
 """The discriminator: an MLP on output vectors, with a sidecar optimizer that steps inside the training step."""
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Discriminator(nn.Module):
         self.input, self.loss, self.binary, self.lr = input, loss, binary, lr
         widths = [num_classes, *hidden]
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA streams too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA streams too
             layers: list[nn.Module] = []
             for fan_in, fan_out in zip(widths, widths[1:], strict=False):
                 layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
@@ -65,14 +66,15 @@ class Discriminator(nn.Module):
             raise ValueError(f'Discriminator optimizer {opt!r} needs second-order gradients, use a first-order one.')
         self._generator = torch.Generator().manual_seed(seed)
 
-    def _apply(self, fn, *args, **kwargs):
-        super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> 'Discriminator':
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.mlp.float()  # adversarial losses do not survive half precision
         return self
 
     def forward(self, vector: torch.Tensor) -> torch.Tensor:
         """Scores [B] of output vectors [B, C]; the teacher's are pushed up, the student's down."""
-        return self.mlp(vector).squeeze(-1)
+        scores: torch.Tensor = self.mlp(vector)
+        return scores.squeeze(-1)
 
     def update(
             self,
@@ -111,9 +113,10 @@ class Discriminator(nn.Module):
             parameter.grad = piece.view_as(parameter)
         # A branch on `finite` would make the host wait for the device.
         if isinstance(self.optimizer, _SKIPS) and self.optimizer.param_groups[0]['fused']:
-            self.optimizer.found_inf = (~finite).float()  # GradScaler's way to let a fused step do nothing
+            # GradScaler's way to let a fused step do nothing
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            del self.optimizer.found_inf
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self._step_and_take_back(flat, finite)
         if self.loss == 'wgan':
@@ -157,13 +160,46 @@ class Discriminator(nn.Module):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `get_state` was taken, but at this object's learning rate."""
+        """Continue exactly where `get_state` was taken, but at this object's learning rate.
+
+        Raises:
+            Exception: Of many kinds, where no step could be taken from there; D is then as it was before.
+        """
+        before = copy.deepcopy(self.get_state())
+        most = max(size for x in self.mlp.parameters() for size in (x.numel(), max(x.shape) ** 2))
+        try:
+            for entry in state['optimizer']['state'].values():
+                if any(isinstance(value, torch.Tensor) and value.numel() > most for value in entry.values()):
+                    raise ValueError('Optimizer state larger than any of these weights has.')  # loading might copy it
+            self._load(state)
+            self._check_step()
+        except Exception:
+            self._load(before)
+            raise
+        finally:
+            self.optimizer.zero_grad()
+        self._load(state)
+
+    def _check_step(self) -> None:
+        """Take an optimizer's step on gradients of zero, as torch does not look at what it loads until then."""
+        for parameter in self.mlp.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            if isinstance(self.optimizer, _SKIPS):  # a fused step would not look, and write beyond the end
+                for name, value in self.optimizer.state.get(parameter, {}).items():
+                    if value.shape != (() if name == 'step' else parameter.shape) or not value.is_contiguous():
+                        raise ValueError(f'Optimizer state {name} of shape {list(value.shape)}.')
+        self.optimizer.step()
+        tensors = self._step_tensors(next(self.mlp.parameters()).device)
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError('Weights or optimizer state that are not finite.')
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.mlp.load_state_dict(state['weights'])
-        own = self.optimizer.defaults  # whose fused step a state of before had not
-        groups = [
-            {**group, **({'fused': own['fused']} if 'fused' in own else {}), 'lr': self.lr}
-            for group in state['optimizer']['param_groups']]
-        self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
+        groups = [  # with the options that this object was made with
+            {**group, **{name: own[name] for name in self.optimizer.defaults}, 'lr': self.lr}
+            for group, own in zip(state['optimizer']['param_groups'], self.optimizer.param_groups, strict=True)]
+        # a copy, for torch takes over these very tensors, and a step overwrites them
+        self.optimizer.load_state_dict(copy.deepcopy({**state['optimizer'], 'param_groups': groups}))
         self._generator.set_state(state['generator'])
 
 

@@ -1,6 +1,7 @@
 """Accuracy and calibration of models on a data set, side by side: `timm-aikd evaluate`."""
 import argparse
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from . import AikdError
 from .calibration import area_under_risk_coverage, expected_calibration_error
 from .classes import data_set_classes, match_classes
+from .hub import one_line
 from .loss import top1
 from .source import load_model
 from .teacher import better_than_chance
@@ -148,16 +150,22 @@ def _check_writable(path: str) -> None:
     """Before hours of predictions, not after them."""
     if not path.endswith('.png') or os.path.isdir(path):
         raise AikdError(f'--plot {path}: name a file that ends in .png')
-    if not os.path.isdir(os.path.dirname(path) or '.') or not os.access(os.path.dirname(path) or '.', os.W_OK):
-        raise AikdError(f'--plot {path}: cannot be written: name a file in an existing folder that you may write to')
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
+            pass
+    except (OSError, ValueError) as error:
+        raise AikdError(
+            f'--plot {path}: cannot be written: name a file in an existing folder that you may write to') from error
 
 
 def _predictions(spec: str, args: argparse.Namespace) -> Predictions:
     try:
         device = torch.device(args.device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # as one that is no device has none
     except (RuntimeError, AssertionError) as error:
-        raise AikdError(f'--device {args.device}: is not available here ({str(error).splitlines()[0]})') from error
+        raise AikdError(
+            f'--device {args.device}: is not available here ({one_line(error)}): choose another, such as cpu'
+        ) from error
     model, config, is_published = load_model(spec, args.model_name)
     data_config = resolve_data_config(
         {}, pretrained_cfg=config or model.pretrained_cfg, use_test_size=not args.use_train_size)

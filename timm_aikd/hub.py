@@ -29,6 +29,19 @@ _XET = {
 _SECRETS = re.compile(r'hf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/\s]+@|(?<=\w)\?\S+')
 
 
+# What timm would take from a config.json as it is, and what is expected there.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(('mean', 'std', 'input_size'), lambda value: (
+        isinstance(value, list) and all(isinstance(number, (int, float)) for number in value))),
+    'label_names': lambda value: isinstance(value, (list, dict)) and all(
+        isinstance(name, str) for name in (value.values() if isinstance(value, dict) else value)),
+    'hf_hub_filename': lambda value: isinstance(value, str) and '..' not in value and not os.path.isabs(value),
+    'custom_load': lambda value: isinstance(value, bool),  # 'hf' is a format of its own
+    'features_only': lambda value: value is False,  # no classifier
+    'pretrained_strict': lambda value: value is True,  # weights that are missing would be random
+}
+
+
 class Unfit(Exception):
     """A file, or the folder it should go to, is of no use; the message goes on from the spec and has a remedy."""
 
@@ -37,7 +50,7 @@ class Unfit(Exception):
 def careful_downloads() -> Iterator[None]:
     """Let timm load from the Hub through `_Downloads`, and hf_xet give up as soon as the rest of the client does."""
     download, unset = timm_hub.hf_hub_download, _XET.keys() - os.environ.keys()
-    timm_hub.hf_hub_download = _Downloads(download)
+    timm_hub.hf_hub_download = _Downloads(download)  # type: ignore[assignment]
     os.environ.update((name, _XET[name]) for name in unset)
     try:
         yield
@@ -59,7 +72,7 @@ class _Downloads:
         self.deadline = time.monotonic() + PATIENCE
         self.trouble: Exception | None = None  # once there is one, only the cache is asked
 
-    def __call__(self, repo_id: str, filename: str, **place) -> str:
+    def __call__(self, repo_id: str, filename: str, **place: Any) -> str:
         path = self._get({'repo_id': repo_id, 'filename': filename, **place})
         if filename == 'config.json':
             check_config(Path(path))
@@ -87,7 +100,8 @@ class _Downloads:
             raise missing from self.trouble
 
     def _ask(self, file: dict[str, Any]) -> str:
-        name, place = (file['repo_id'], file['filename']), {key: file.get(key) for key in ('cache_dir', 'revision')}
+        name = file['repo_id'], file['filename']
+        place: dict[str, Any] = {key: file.get(key) for key in ('cache_dir', 'revision')}
         if not isinstance(try_to_load_from_cache(*name, **place), str):
             # one request; where it fails, `hf_hub_download` would make seven, and wait a minute for most of them
             url = hf_hub_url(*name, revision=place['revision'])
@@ -103,7 +117,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, ValueError)
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, 'response', None), 'status_code', None)
 
 
@@ -143,9 +157,9 @@ def _checked(path: str) -> str:
                 each.update(block)
     if blob.name in [each.hexdigest() for each in hashes]:
         return path
-    for file in (link.resolve(), blob, link):
+    for damaged in (link.resolve(), blob, link):
         with suppress(OSError):  # of a cache that is not ours to mend
-            file.unlink()
+            damaged.unlink()
     raise Unfit(
         f'{link.name} is damaged, its content has not the checksum that the Hub tells: load it again online; if that '
         f'does not help, suspect the proxy or the disk')
@@ -168,11 +182,22 @@ def check_config(path: Path) -> None:
         raise Unfit(
             f'its config.json names the architecture {architecture[:60]!r}, which timm {timm.__version__} does not '
             f'have; upgrade timm, or choose another')
+    entries = {**config, **_dictionary(config.get('pretrained_cfg')), **_dictionary(config.get('model_args'))}
+    for key, is_fine in _ENTRIES.items():
+        if entries.get(key) is not None and not is_fine(entries[key]):
+            raise Unfit(
+                f'its config.json has {key} {str(entries[key])[:60]!r}, which is no use here; save the model again '
+                f'with save_for_hf of timm')
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def explain(error: Exception, spec: str) -> AikdError:
     """Whatever stopped the Hub client or timm, as one line with a remedy."""
-    is_missing, cause = isinstance(error, errors.LocalEntryNotFoundError), error
+    is_missing = isinstance(error, errors.LocalEntryNotFoundError)
+    cause: BaseException = error
     while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
         cause = cause.__cause__
     status = _status(cause)
@@ -204,11 +229,12 @@ def explain(error: Exception, spec: str) -> AikdError:
     return AikdError(f'{spec}: {next(text for applies, text in cases if applies)}')
 
 
-def _file_name(error: Exception) -> str:
-    return str(error.response.url).rpartition('/')[2] if _status(error) else ''
+def _file_name(error: BaseException) -> str:
+    response: Any = getattr(error, 'response', None)
+    return str(response.url).rpartition('/')[2] if _status(error) else ''
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error in at most 80 characters, without what is secret in URLs and headers."""
     text = _SECRETS.sub('***', ' '.join(str(error).split())) or type(error).__name__
     return text if len(text) <= 80 else f'{text[:77]}...'

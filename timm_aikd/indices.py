@@ -10,7 +10,7 @@ What a dataset returns for an index is its own affair: timm's `ImageDataset` ans
 image, whose prediction is then kept under the index of the unreadable one.
 """
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class BatchIndices:
         *prefetchers, inner = _stages(loader)
         if not _is_watched(inner):
             object.__setattr__(inner, 'batch_sampler', _WatchedSampler(inner.batch_sampler))  # past DataLoader's guard
-        source = inner.batch_sampler.notes
+        source: _Notes = inner.batch_sampler.notes
         for stage in (inner, *reversed(prefetchers)):
             if not _is_watched(stage):
                 stage.__class__ = _watched_class(type(stage))  # one base only: __class__ takes no other layout
@@ -85,7 +85,7 @@ class BatchIndices:
         return index
 
 
-def _stages(loader: Any) -> list:
+def _stages(loader: Any) -> list[Any]:
     """The loader, the loader in it, and so on down to torch's."""
     stages = [loader]
     while isinstance(stages[-1], PrefetchLoader):
@@ -115,10 +115,10 @@ class _WatchedSampler:
     def __init__(self, batch_sampler: Any):
         self._aikd_sampler, self.notes = batch_sampler, _Notes()
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return self._draw(self.notes.renew())
 
-    def _draw(self, queue: deque[np.ndarray]) -> Iterator:
+    def _draw(self, queue: deque[np.ndarray]) -> Iterator[Any]:
         for batch in self._aikd_sampler:
             queue.append(np.fromiter(map(_position, batch), np.int64, len(batch)))
             yield batch
@@ -130,10 +130,10 @@ class _WatchedSampler:
         return getattr(self.__dict__['_aikd_sampler'], name)
 
 
-def _watched_class(loader_class: type) -> type:
+def _watched_class(loader_class: type[Iterable[Any]]) -> type[Iterable[Any]]:
     """A loader's class that also notes the indices of each batch that it yields."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self: Any) -> Iterator[Any]:
         source, notes = self._aikd_source, self._aikd_notes
         queue = notes.renew()
         try:

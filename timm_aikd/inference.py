@@ -2,6 +2,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -38,11 +39,12 @@ def foldable(model: nn.Module) -> Pairs:
         before = node.args[0] if node.op == 'call_module' and node.args else None
         if not isinstance(before, torch.fx.Node) or before.op != 'call_module' or len(before.users) > 1:
             continue
-        convolution, norm = modules[before.target], modules[node.target]
+        names = str(before.target), str(node.target)
+        convolution, norm = (modules[name] for name in names)
         is_pair = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS
         if is_pair and norm.running_var is not None and not any(map(_is_more, (convolution, norm))):
             if calls[before.target] == calls[node.target] == 1:
-                pairs.append((before.target, node.target))
+                pairs.append(names)
     return pairs
 
 
@@ -55,7 +57,8 @@ def _is_more(layer: nn.Module) -> bool:
 def fold_(model: nn.Module, pairs: Pairs) -> None:
     """Take the BatchNorms out, in place; `load_folded_` gives the convolutions their new weights."""
     for convolution, norm in pairs:
-        layer, old = model.get_submodule(convolution), model.get_submodule(norm)
+        layer: Any = model.get_submodule(convolution)
+        old: Any = model.get_submodule(norm)
         layer.bias = nn.Parameter(layer.weight.new_empty(layer.out_channels), requires_grad=False)
         layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
         activation = nn.Sequential(old.drop, old.act) if hasattr(old, 'act') else nn.Identity()
@@ -135,7 +138,8 @@ def _in_double(model: nn.Module, input: torch.Tensor) -> torch.Tensor:
         name: tensor.to('cpu', torch.float64 if tensor.is_floating_point() else None)
         for name, tensor in _tensors(model).items()}
     answer = torch.func.functional_call(model, tensors, (input,))
-    return answer[0] if isinstance(answer, (tuple, list)) else answer
+    logits: torch.Tensor = answer[0] if isinstance(answer, (tuple, list)) else answer
+    return logits
 
 
 def forward_layout(student: nn.Module) -> torch.memory_format:

@@ -32,14 +32,14 @@ def run_script(path: str, argv: list[str]) -> None:
     try:
         exec(compile(source, path, 'exec', dont_inherit=True), main.__dict__)
     except BaseException as error:
-        _show_only(error.__traceback__.tb_next)  # the script's frames; the compiler has none
+        _show_only(error.__traceback__ and error.__traceback__.tb_next)  # the script's frames; the compiler has none
         raise
 
 
 def _show_only(traceback: types.TracebackType | None) -> None:
     show = sys.excepthook
 
-    def excepthook(kind, error, _):
+    def excepthook(kind: type[BaseException], error: BaseException, _: types.TracebackType | None) -> None:
         show(kind, error.with_traceback(traceback), traceback)
 
     sys.excepthook = excepthook

@@ -114,7 +114,8 @@ def gradient_penalty(
     """E[ (|grad D(x)|_2 - 1)^2 ] at x = mix * real + (1 - mix) * fake, with `mix` uniform in [0, 1), [B, 1]."""
     x = torch.lerp(fake, real, mix).requires_grad_()
     gradient, = torch.autograd.grad(score(x).sum(), x, create_graph=True)
-    return (gradient.norm(dim=-1) - 1.).square().mean()
+    norm: torch.Tensor = gradient.norm(dim=-1)
+    return (norm - 1.).square().mean()
 
 
 def pairwise_accuracy(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

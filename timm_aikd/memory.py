@@ -37,17 +37,17 @@ class SnapshotMemory(nn.Module):
 
     kind = 'snapshot'
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.model: nn.Module | None = None
         self._folded: Pairs = []
-        self._compile_kwargs: dict | None = None
+        self._compile_kwargs: dict[str, Any] | None = None
 
     def train(self, mode: bool = True) -> 'SnapshotMemory':
         """Stay in eval mode."""
         return super().train(False)
 
-    def compile(self, **kwargs) -> None:
+    def compile(self, **kwargs: Any) -> None:
         """Compile the copy, now or when it is made."""
         self._compile_kwargs = kwargs
         if self.model is not None:
@@ -65,8 +65,9 @@ class SnapshotMemory(nn.Module):
             load_folded_(self.model, self._folded, student)
             return
         model = copy.deepcopy(student).requires_grad_(False).eval()
-        if hasattr(model, 'set_grad_checkpointing'):
-            model.set_grad_checkpointing(False)  # nothing is kept for a backward, so nothing is recomputed
+        set_grad_checkpointing = getattr(model, 'set_grad_checkpointing', None)
+        if set_grad_checkpointing is not None:
+            set_grad_checkpointing(False)  # nothing is kept for a backward, so nothing is recomputed
         model, self._folded = folded(model)
         self.model = model.to(memory_format=forward_layout(student))
         if self._compile_kwargs is not None:
@@ -76,7 +77,8 @@ class SnapshotMemory(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] of the previous epoch's student: log q up to a constant a sample, which a softmax ignores."""
         assert self.model is not None
-        return self.model(input)
+        logits: torch.Tensor = self.model(input)
+        return logits
 
     def recall(self, input: torch.Tensor, index: np.ndarray | None) -> tuple[torch.Tensor, None]:
         """Log q of a batch, which all of its samples have."""
@@ -131,7 +133,7 @@ class StoreMemory(nn.Module):
         # samples of this epoch: recalled, of these without a prediction; seen again, of these with another label
         self._counts = np.zeros(4)
 
-    def compile(self, **kwargs) -> None:
+    def compile(self, **kwargs: Any) -> None:
         """There is no network to compile."""
 
     def begin_epoch(self, epoch: int, student: nn.Module | None = None) -> None:
@@ -143,7 +145,11 @@ class StoreMemory(nn.Module):
         self._loaded_epoch = None
 
     @torch.no_grad()
-    def recall(self, input: torch.Tensor | None, index: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None]:
+    def recall(
+            self,
+            input: torch.Tensor | None,
+            index: np.ndarray | None,
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
         """Predictions kept for the samples `index` [B].
 
         Returns:
@@ -151,20 +157,20 @@ class StoreMemory(nn.Module):
             where the table is, so that nobody has to wait for it.
 
         Raises:
-            AikdError: An index is out of range.
+            AikdError: An index is missing or out of range.
         """
-        self._check(index)
+        index = self._checked(index)
         self._commit()
         # pinned memory is not given out again before the copy is done
         staged = torch.empty(len(index), self.table.dtype.itemsize, dtype=torch.uint8, pin_memory=self._is_async)
         records = staged.numpy().view(self.table.dtype).squeeze(-1)
         self.table.read(index, records)
         known = records['stamp'] > 0
-        self._counts[:2] += len(index), np.count_nonzero(~known)
+        self._counts[:2] += len(index), int(np.count_nonzero(~known))
         return self.format.decode(staged.to(self.device, non_blocking=True)), None if known.all() else known
 
     @torch.no_grad()
-    def record(self, index: np.ndarray, logits: torch.Tensor, target: torch.Tensor) -> None:
+    def record(self, index: np.ndarray | None, logits: torch.Tensor, target: torch.Tensor) -> None:
         """Keep the student's predictions for the samples `index`.
 
         They reach the table a step later: on CUDA they have arrived by then, and nowhere does a copy of a sample in the
@@ -176,13 +182,13 @@ class StoreMemory(nn.Module):
             target: Class indices [B].
 
         Raises:
-            AikdError: The targets are soft, as mixed samples have them, or an index is out of range.
+            AikdError: The targets are soft, as mixed samples have them, or an index is missing or out of range.
         """
         if target.ndim != 1:
             raise AikdError(
                 f'--aikd-memory store: targets of shape {list(target.shape)} are soft, as those of mixed samples are; '
                 f'use --aikd-memory snapshot')
-        self._check(index)
+        index = self._checked(index)
         self._commit()
         records = self.format.encode(logits, target, stamp_at(self._epoch, self._step, rank()))
         self._arriving.append(_Arriving(index, records))
@@ -241,12 +247,12 @@ class StoreMemory(nn.Module):
         barrier()
 
     def _remove_older(self, folder: Path, name: str) -> None:
-        for path in folder.iterdir():
-            if _FILE_NAME.fullmatch(path.name) and path.name not in (name, self._named):
-                try:
+        try:
+            for path in folder.iterdir():
+                if _FILE_NAME.fullmatch(path.name) and path.name not in (name, self._named):
                     path.unlink()
-                except OSError as error:
-                    _logger.warning(f'AI-KD: {path} is no longer needed and could not be removed: {error.strerror}')
+        except OSError as error:
+            _logger.warning(f'AI-KD: older files of the prediction memory could not be removed: {error}')
 
     def get_state(self) -> dict[str, Any] | None:
         """Which file belongs to a checkpoint that is written now; None if there is none."""
@@ -285,7 +291,7 @@ class StoreMemory(nn.Module):
     def _is_async(self) -> bool:
         return self.device.type == 'cuda'
 
-    def _check(self, index: np.ndarray | None) -> None:
+    def _checked(self, index: np.ndarray | None) -> np.ndarray:
         if index is None:
             raise AikdError(
                 '--aikd-memory store: the samples of the batch are not known: give their dataset indices with it, or '
@@ -294,6 +300,7 @@ class StoreMemory(nn.Module):
             raise AikdError(
                 f'--aikd-memory store: the loader yields samples {index.min()} to {index.max()}, the training set has '
                 f'{self.table.samples}; use --aikd-memory snapshot')
+        return index
 
     def _commit(self, wait: bool = False) -> None:
         """Move records that have arrived into the table; without `wait`, the others are left for a later step."""
@@ -314,7 +321,8 @@ class _Arriving:
     """Records on their way from the device; on CUDA through pinned memory, and nobody waits for them."""
 
     def __init__(self, index: np.ndarray, records: torch.Tensor):
-        self.index, self.event = index, None
+        self.index = index
+        self.event: torch.cuda.Event | None = None
         if records.device.type == 'cuda':
             self.bytes = torch.empty(records.shape, dtype=records.dtype, pin_memory=True)
             self.bytes.copy_(records, non_blocking=True)

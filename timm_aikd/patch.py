@@ -10,11 +10,20 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import AikdError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+    from .config import AikdConfig
+    from .run import AikdRun
+    from .task import AikdTask
+    from .teacher import Teacher
 
 SUPPORTED = 'train.py of timm 1.0.27 and later, or without tasks: up to 1.0.22, and legacy_train.py'
 
@@ -27,13 +36,14 @@ _EITHER: _Seams = {
 TASK_SEAMS: _Seams = {
     'ClassificationTask': (set(), False),
     'train_one_epoch': ({'epoch', 'loader', 'task'}, False),
-    'resume_task_checkpoint': (set(), False),  # not replaced: without it a checkpoint would lose AI-KD's state
+    'resume_task_checkpoint': (set(), False),  # without it a checkpoint would lose AI-KD's state
     **_EITHER,
 }
 # Scripts without tasks call loss_fn(model(input), target).
 LOSS_SEAMS: _Seams = {
     'train_one_epoch': ({'epoch', 'model', 'loader', 'loss_fn', 'saver'}, False),
     'create_optimizer_v2': (set(), True),  # to see the model, so that a misfit is found before anything is written
+    'resume_checkpoint': (set(), True),  # to say in one line what is wrong with the file
     **_EITHER,
 }
 
@@ -53,11 +63,19 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
     if any(action.dest == 'aikd' for action in parser._actions):
         return
 
-    def parse_known_args(self, args=None, namespace=None, *more, **kwargs):
+    def parse_known_args(
+            self: argparse.ArgumentParser,
+            args: Any = None,
+            namespace: Any = None,
+            *more: Any,
+            **kwargs: Any,
+    ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         parsed, rest = type(self).parse_known_args(self, args, namespace, *more, **kwargs)
         restore(script)
-        if getattr(parsed, 'aikd', False):
+        if parsed.aikd not in (True, False):
+            self.error(str(AikdError(f'--aikd {parsed.aikd!r}: allowed is true or false, without quotes')))
+        if parsed.aikd:
             try:
                 apply(script, parsed)
             except AikdError as error:
@@ -69,7 +87,7 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
                 self.error(f'{stray[0]} does nothing without --aikd: add --aikd or leave it out')
         return parsed, rest
 
-    parser.parse_known_args = types.MethodType(parse_known_args, parser)
+    parser.parse_known_args = types.MethodType(parse_known_args, parser)  # type: ignore[method-assign]
     AikdConfig.add_arguments(parser)
 
 
@@ -129,14 +147,15 @@ def _parameters(function: Any) -> set[str]:
 class _Script:
     """A training script that runs under AI-KD: what was bound in its globals, and what it has shown so far."""
 
-    def __init__(self, script: dict[str, Any], args: argparse.Namespace, config):
+    def __init__(self, script: dict[str, Any], args: argparse.Namespace, config: 'AikdConfig'):
         self.script, self.args, self.config = script, args, config
-        self.task = None  # in a script with tasks
-        self.run = None  # what the task holds, or takes its place
-        self.model = self.teacher = None  # in a script without tasks
-        self.loader = None  # of the training images
+        self.task: AikdTask | None = None  # in a script with tasks
+        self.run: AikdRun | None = None  # what the task holds, or takes its place
+        self.model: nn.Module | None = None  # in a script without tasks
+        self.teacher: Teacher | None = None  # there as well
+        self.loader: Any = None  # of the training images
         self.class_names: list[str] | None = None
-        self.validation: tuple[tuple, dict[str, Any]] | None = None  # how the script made its validation loader
+        self.validation: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # how its loader was made
         self.failed = self.interrupted = False
         seams = _seams(script)
         self.has_tasks = seams is TASK_SEAMS
@@ -159,7 +178,7 @@ class _Script:
 
     # the seams, by the name they replace
 
-    def ClassificationTask(self, *args, **kwargs):
+    def ClassificationTask(self, *args: Any, **kwargs: Any) -> 'AikdTask':
         from .arguments import scheduled_epochs
         from .task import AikdTask
 
@@ -169,33 +188,52 @@ class _Script:
         self._adopt(self.task.run)
         return self.task
 
-    def train_one_epoch(self, *args, **kwargs):
+    def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(self.original['train_one_epoch']).bind(*args, **kwargs)
-        arguments = bound.arguments
-        if self.has_tasks:
-            if self.task is None or arguments.get('task') is not self.task:
-                raise AikdError(
-                    f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
-        elif self.run is None:
-            self._run_without_task(arguments)
-        with _last_input(arguments['model']) if not self.has_tasks else nullcontext() as inputs:
-            if not self.has_tasks:
-                arguments['loss_fn'] = lambda output, target: self.run.loss(inputs[-1], output, target)['loss']
-            try:
-                return self._epoch(bound)
-            except KeyboardInterrupt:
-                self.interrupted = True  # the script ends as it likes
-                raise
+        try:
+            return self._epoch_with_task(bound) if self.has_tasks else self._epoch_without_task(bound)
+        except KeyboardInterrupt:
+            self.interrupted = True  # the script ends as it likes
+            raise
 
-    def create_optimizer_v2(self, *args, **kwargs):
+    def create_optimizer_v2(self, *args: Any, **kwargs: Any) -> Any:
         self.model = next(iter((*args, *kwargs.values())), None)
         return self.original['create_optimizer_v2'](*args, **kwargs)
 
-    def _epoch(self, bound: inspect.BoundArguments):
+    def resume_task_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resume('resume_task_checkpoint', *args, **kwargs)
+
+    def resume_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resume('resume_checkpoint', *args, **kwargs)
+
+    def _resume(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        from .hub import one_line
+
+        try:
+            return self.original[name](*args, **kwargs)
+        except AikdError:
+            raise
+        except Exception as error:  # of pickle, zip, the file system, or of a state that is another model's
+            raise AikdError(
+                f'--resume {self.args.resume}: cannot be continued ({type(error).__name__}: {one_line(error)}): resume '
+                f'from another checkpoint of this model') from error
+
+    def _epoch_with_task(self, bound: inspect.BoundArguments) -> Any:
+        if bound.arguments.get('task') is not self.task or self.task is None:
+            raise AikdError(f'--aikd: this script trains without the task that it was given; supported is {SUPPORTED}')
+        return self._epoch(self.task.run, bound)
+
+    def _epoch_without_task(self, bound: inspect.BoundArguments) -> Any:
+        run = self.run or self._run_without_task(bound.arguments)
+        with _last_input(bound.arguments['model']) as inputs:
+            bound.arguments['loss_fn'] = lambda output, target: run.loss(inputs[-1], output, target)['loss']
+            return self._epoch(run, bound)
+
+    def _epoch(self, run: 'AikdRun', bound: inspect.BoundArguments) -> Any:
         """The script's epoch between the begin and the end of ours."""
         from .arguments import store_obstacle
 
-        run, arguments = self.run, bound.arguments
+        arguments = bound.arguments
         loader = arguments['loader']
         if run.aikd.needs_temperature and self.validation is not None:
             with _random_streams_kept():
@@ -216,7 +254,7 @@ class _Script:
     def _is_primary(self) -> bool:
         return getattr(self.args, 'rank', 0) == 0
 
-    def _teacher(self, student, verbose: bool):
+    def _teacher(self, student: 'nn.Module', verbose: bool) -> 'Teacher | None':
         from timm.data import resolve_data_config
 
         from .teacher import load_teacher
@@ -224,7 +262,7 @@ class _Script:
         if not verbose:
             _package_logger.setLevel(logging.ERROR)  # what concerns all ranks is said by the primary one
         config = self.config
-        if not config.has_teacher:
+        if config.teacher is None or not config.has_teacher:
             return None
         data_config = resolve_data_config(vars(self.args), model=student)
         teacher = load_teacher(
@@ -238,13 +276,13 @@ class _Script:
             std=data_config['std'],
             class_names=self.class_names,
         )
-        if teacher.name != config.teacher:
+        if teacher is not None and teacher.name != config.teacher:
             teacher.given = config.teacher
             self.config = dataclasses.replace(config, teacher=teacher.name)
             self.args.aikd_teacher = teacher.name  # of which the checkpoints tell
         return teacher
 
-    def _adopt(self, run) -> None:
+    def _adopt(self, run: 'AikdRun') -> None:
         from .arguments import store_obstacle
 
         self.run = run
@@ -254,7 +292,7 @@ class _Script:
         if getattr(self.args, 'resume', None):
             run.resume_folder = Path(self.args.resume).parent
 
-    def _run_without_task(self, arguments: dict[str, Any]) -> None:
+    def _run_without_task(self, arguments: dict[str, Any]) -> 'AikdRun':
         """What a task does in newer scripts: build, compile, give all ranks one D, resume, and go into checkpoints."""
         from timm.utils import unwrap_model
 
@@ -284,8 +322,9 @@ class _Script:
             run.load_state(checkpoint.get('task_state') if isinstance(checkpoint, dict) else None)
         if arguments.get('saver') is not None:
             _carry_state(arguments['saver'], run.get_state)
+        return run
 
-    def create_loader(self, *args, **kwargs):
+    def create_loader(self, *args: Any, **kwargs: Any) -> Any:
         from .classes import data_set_classes
 
         loader = self.original['create_loader'](*args, **kwargs)
@@ -299,15 +338,16 @@ class _Script:
             self.validation = args, kwargs
         return loader
 
-    def validate(self, *args, **kwargs):
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
         from .calibration import area_under_risk_coverage, expected_calibration_error
         from .loss import top1
         from .ranks import gather_rows
 
         bound = inspect.signature(self.original['validate']).bind(*args, **kwargs)
-        loss_fn, predictions = bound.arguments['loss_fn'], []
+        loss_fn = bound.arguments['loss_fn']
+        predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def recording_loss_fn(output, target):
+        def recording_loss_fn(output: 'torch.Tensor', target: 'torch.Tensor') -> Any:
             predictions.append(top1(output, target))
             return loss_fn(output, target)
 
@@ -319,12 +359,13 @@ class _Script:
             metrics['aurc'] = area_under_risk_coverage(confidence, correct)
         return metrics
 
-    def _calibration_batches(self) -> Iterator:
+    def _calibration_batches(self) -> Iterator[tuple['torch.Tensor', 'torch.Tensor']]:
         """The script's own loader over validation images spread evenly: many data sets lie class by class."""
         from torch.utils.data import IterableDataset, Subset
 
         from .ranks import world_size
 
+        assert self.run is not None and self.validation is not None
         args, kwargs = self.validation
         bound = inspect.signature(self.original['create_loader']).bind(*args, **kwargs)
         dataset, left = bound.arguments['dataset'], _CALIBRATION_IMAGES
@@ -344,7 +385,12 @@ class _Script:
 
     # the end of the script
 
-    def _excepthook(self, kind, error, traceback) -> None:
+    def _excepthook(
+            self,
+            kind: type[BaseException],
+            error: BaseException,
+            traceback: types.TracebackType | None,
+    ) -> None:
         self.failed = True
         if isinstance(error, AikdError) and os.environ.get('TIMM_AIKD_TRACEBACK') != '1':
             print(f'error: {error}', file=sys.stderr)
@@ -372,13 +418,13 @@ def _resumed_spec(args: argparse.Namespace, spec: str) -> str:
         state = load_checkpoint(args.resume)['task_state']['aikd']
     except Exception:  # of a run without AI-KD, or not readable: the script will say so
         return spec
-    return state['config']['teacher'] if state.get('teacher_given') == spec else spec
+    return str(state['config']['teacher']) if state.get('teacher_given') == spec else spec
 
 
 @contextmanager
-def _last_input(model) -> Iterator[list]:
+def _last_input(model: 'nn.Module') -> Iterator[list[Any]]:
     """Within, a list of the last batch that the model was given."""
-    inputs: list = []
+    inputs: list[Any] = []
     handle = model.register_forward_pre_hook(lambda _, args: inputs.__setitem__(slice(None), args[:1]))
     try:
         yield inputs
@@ -386,12 +432,12 @@ def _last_input(model) -> Iterator[list]:
         handle.remove()
 
 
-def _carry_state(saver, get_state: Callable[[], dict[str, Any]]) -> None:
+def _carry_state(saver: Any, get_state: Callable[[], dict[str, Any]]) -> None:
     """Let a saver that knows no tasks write the state into its checkpoints, where timm keeps a task's."""
     import torch
 
-    def carrying(save: Callable) -> Callable:
-        def carrying_save(*args, **kwargs):
+    def carrying(save: Callable[..., Any]) -> Callable[..., Any]:
+        def carrying_save(*args: Any, **kwargs: Any) -> Any:
             torch_save = torch.save
             torch.save = lambda checkpoint, *more, **options: torch_save(
                 {**checkpoint, 'task_state': get_state()}, *more, **options)
@@ -405,14 +451,14 @@ def _carry_state(saver, get_state: Callable[[], dict[str, Any]]) -> None:
         setattr(saver, name, carrying(getattr(saver, name)))
 
 
-def _concatenate(tensors):
+def _concatenate(tensors: tuple['torch.Tensor', ...]) -> 'torch.Tensor':
     import torch
 
     return torch.cat(tensors)
 
 
 @contextmanager
-def _random_streams_kept():
+def _random_streams_kept() -> Iterator[None]:
     """Leave the script's random streams where they are: a run and its baseline are to see the same data."""
     import numpy
     import torch

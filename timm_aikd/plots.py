@@ -2,11 +2,16 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import AikdError
 from .calibration import expected_calibration_error, reliability_bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def require_matplotlib() -> None:
@@ -92,7 +97,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else f'...{name[-37:]}'
 
 
-def _figure(panels: int, width: float, height: float):
+def _figure(panels: int, width: float, height: float) -> tuple['Figure', Sequence['Axes']]:
     """A figure and its panels in a row; without pyplot, whose backend is the user's business."""
     require_matplotlib()
     from matplotlib.figure import Figure

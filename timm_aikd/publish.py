@@ -11,12 +11,12 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn as nn
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from timm.models import create_model, get_pretrained_cfg, is_model, save_for_hf
 
 from . import AikdError, __version__
-from .source import build, load_checkpoint, read_checkpoint
+from .aikd import check_state
+from .source import TimmModel, build, load_checkpoint, read_checkpoint
 
 METRICS = {  # column of summary.csv -> type in the card's metadata, name in its table
     'eval_top1': ('accuracy', 'top-1 %'),
@@ -61,7 +61,7 @@ class FinishedRun:
         epochs: Rows of summary.csv.
         class_names: In the order of the model's outputs, where they are known.
     """
-    model: nn.Module
+    model: TimmModel
     model_args: dict[str, Any]
     data_config: dict[str, Any]
     arguments: dict[str, Any]
@@ -78,25 +78,28 @@ class FinishedRun:
             AikdError: It is not such a folder, or its checkpoint cannot be read.
         """
         path = Path(folder) / checkpoint
-        if not path.is_file():
-            kept = sorted(file.name for file in Path(folder).glob('*.pth.tar'))
+        if not os.path.isfile(path):
+            kept = sorted(file.name for file in Path(folder).glob('*.pth.tar')) if os.path.isdir(folder) else []
             has = f'its checkpoints are {", ".join(kept[:3])}: choose with --checkpoint' if kept else (
-                'give the output folder of a run' if Path(folder).is_dir() else 'no such folder')
+                'give the output folder of a run' if os.path.isdir(folder) else 'no such folder')
             raise AikdError(f'push {folder}: has no {checkpoint}; {has}')
         weights, arguments = read_checkpoint(str(path))
         if not arguments.get('model'):
             raise AikdError(f'push {path}: tells no arguments of a training script: give the output folder of a run')
         model, model_args, data_config = build(str(path), weights, arguments)
         saved = load_checkpoint(str(path))
-        state = (saved.get('task_state') or {}).get('aikd') or {}
+        task_state = saved.get('task_state')
+        state = task_state.get('aikd') if isinstance(task_state, dict) else None
+        if state is not None:
+            check_state(state)
         return cls(
-            model, model_args, data_config, arguments, saved.get('epoch'), state,
+            model, model_args, data_config, arguments, saved.get('epoch'), state or {},
             _read_summary(path.parent / 'summary.csv'), model.pretrained_cfg['label_names'])
 
     @property
     def name(self) -> str:
         """The architecture."""
-        return self.model.pretrained_cfg['architecture']
+        return str(self.model.pretrained_cfg['architecture'])
 
     @property
     def data_set(self) -> str:
@@ -313,7 +316,7 @@ def _draw(run: FinishedRun, folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def _check_reload(model: nn.Module, folder: Path) -> None:
+def _check_reload(model: TimmModel, folder: Path) -> None:
     """Nobody should download what does not load, or answers otherwise."""
     input = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     try:
@@ -360,7 +363,7 @@ def push(args: argparse.Namespace) -> None:
     if repository is None and args.to_folder is None:
         raise AikdError('push: where to? give ORG/NAME, or --to-folder PATH to upload nothing')
     target = Path(args.to_folder) if args.to_folder else None
-    if target is not None and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target is not None and os.path.exists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise AikdError(f'--to-folder {target}: is there already: name a new or an empty folder')
     run = FinishedRun.read(args.run_dir, args.checkpoint)
     if args.class_map is not None:
@@ -385,15 +388,15 @@ def push(args: argparse.Namespace) -> None:
                     target.rmdir()
                 shutil.move(folder, target)
                 print(f'{target}: {files}\nload it with timm.create_model(\'local-dir:{target}\', pretrained=True)')
-            else:
+            elif repository is not None:
                 url = _upload(folder, repository, args.private)
                 print(f'{url}: {files}\nload it with timm.create_model(\'hf-hub:{repository}\', pretrained=True)')
     except OSError as error:
         if type(error).__module__.startswith(('huggingface_hub', 'httpx', 'requests')):
             raise
         raise AikdError(
-            f'push: cannot write to {error.filename or parent or tempfile.gettempdir()} ({error.strerror}): name '
-            f'another folder with room') from error
+            f'push: cannot write to {error.filename or parent or "the folder for temporary files"} '
+            f'({error.strerror or error}): name another folder with room') from error
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:

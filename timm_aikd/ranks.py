@@ -2,12 +2,14 @@
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from . import AikdError
+
+T = TypeVar('T')
 
 
 def is_distributed() -> bool:
@@ -38,11 +40,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """What each rank gives, in order of rank; small things only."""
     if not is_distributed():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -56,7 +58,7 @@ def this_host() -> str:
     return f'{socket.gethostname()} {boot}'
 
 
-def first_on_each_host(function: Callable[[], Any]) -> Any:
+def first_on_each_host(function: Callable[[], T]) -> T:
     """Call a function on all ranks, but let the first of each host be done before the others of it begin.
 
     Raises:
@@ -67,11 +69,13 @@ def first_on_each_host(function: Callable[[], Any]) -> Any:
         return function()
     hosts = gather_objects(this_host())
     is_first = hosts.index(hosts[rank()]) == rank()
-    value = failure = message = None
+    results: list[T] = []
+    failure: Exception | None = None
+    message: str | None = None
     for is_turn in (is_first, not is_first):
         if is_turn:
             try:
-                value = function()
+                results.append(function())
             except Exception as error:
                 failure, message = error, str(error)
                 if not isinstance(error, AikdError):
@@ -80,7 +84,7 @@ def first_on_each_host(function: Callable[[], Any]) -> Any:
         met = [each for each in gather_objects(message) if each is not None]
         if met:
             raise AikdError(met[0]) if failure is None or isinstance(failure, AikdError) else failure
-    return value
+    return results[0]
 
 
 def barrier() -> None:

@@ -44,6 +44,7 @@ class RecordFormat:
         self.id_dtype = torch.int16 if num_classes <= 2 ** 15 else torch.int32
         ids = [] if self.is_dense else [('ids', f'<i{self.id_dtype.itemsize}', (topk,))]
         self.numpy = np.dtype([('stamp', '<i8'), ('label', '<i4'), *ids, ('values', f'<f{dtype.itemsize}', (topk,))])
+        self._fields = dict(self.numpy.fields or {})
 
     def encode(self, logits: torch.Tensor, target: torch.Tensor, stamp: int) -> torch.Tensor:
         """Records as bytes [B, bytes] of logits [B, C] and class indices [B]; one with a NaN begins with a NaN."""
@@ -75,7 +76,7 @@ class RecordFormat:
         return rest.repeat(1, self.num_classes).scatter_(-1, ids, values)
 
     def _field(self, records: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        kind, start = self.numpy.fields[name][:2]
+        kind, start = self._fields[name][:2]
         # a copy, for views of other dtypes need aligned rows; contiguous() does not copy where B = 1
         return records[:, start:start + kind.itemsize].clone(memory_format=torch.contiguous_format).view(dtype)
 

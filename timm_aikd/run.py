@@ -1,5 +1,6 @@
 """AI-KD in a training run: what happens around the steps, whoever takes them."""
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy
 
 from . import AikdError, __version__
-from .aikd import Aikd
+from .aikd import Aikd, Criterion
+from .classes import class_count
 from .config import AikdConfig
 from .indices import BatchIndices, obstacle
 from .memory import StoreMemory
@@ -40,18 +42,15 @@ class AikdRun:
     def __init__(
             self,
             student: nn.Module,
-            criterion: nn.Module,
+            criterion: Criterion,
             teacher: nn.Module | None = None,
             config: AikdConfig | None = None,
             epochs: int = 1,
             verbose: bool = True,
     ):
-        num_classes = getattr(student, 'num_classes', None)
-        if num_classes is None:
-            raise AikdError('AI-KD: the student has no attribute num_classes: set it to the number of its classes')
         self.student, self.criterion, self.verbose = student, criterion, verbose
         self.aikd = Aikd(
-            num_classes, teacher, config, epochs,
+            class_count(student), teacher, config, epochs,
             binary=isinstance(criterion, (BinaryCrossEntropy, nn.BCEWithLogitsLoss)),
             sum_classes=getattr(criterion, 'sum_classes', False),
             criterion=criterion,
@@ -82,7 +81,8 @@ class AikdRun:
             index = np.asarray(index)
         elif self._indices is not None:
             index = self._indices.of_batch(len(output))
-        return self.aikd(input, output, target, task_loss, index)
+        result: dict[str, torch.Tensor] = self.aikd(input, output, target, task_loss, index)
+        return result
 
     def choose_memory(self, loader: Any, reason: str | None = None) -> None:
         """Settle where the previous epoch's predictions come from, once; `begin_epoch` does it by itself.
@@ -99,7 +99,7 @@ class AikdRun:
             return
         self._memory_chosen = True
         records = RecordFormat(
-            aikd.num_classes, None if config.memory_topk == 'auto' else config.memory_topk, aikd.binary)
+            aikd.num_classes, config.memory_topk if isinstance(config.memory_topk, int) else None, aikd.binary)
         if config.memory == 'snapshot':
             return
         reason = reason or obstacle(loader)
@@ -119,7 +119,7 @@ class AikdRun:
                 f'AI-KD: memory store, {memory.table.samples:,} samples with {records.describe()}, '
                 f'{size_text(memory.table.bytes)} a host in {memory.table.folder}')
 
-    def calibrate(self, batches) -> None:
+    def calibrate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
         fit = self.aikd.fit_teacher_temperature(batches)
         if self.verbose:
@@ -141,14 +141,16 @@ class AikdRun:
             AikdError: The memory is to be a store, and cannot be.
         """
         self._checkpoint_folder = checkpoint_folder
+        memory = self.aikd.memory
         if not self._started:
             self.choose_memory(loader)
             self._start()
-        elif self._indices is not None and loader is not None and loader is not self._indices.loader:
-            if len(loader.dataset) != self.aikd.memory.table.samples:
+        elif (isinstance(memory, StoreMemory) and self._indices is not None
+                and loader is not None and loader is not self._indices.loader):
+            if len(loader.dataset) != memory.table.samples:
                 raise AikdError(
                     f'--aikd-memory store: the loader of epoch {epoch} has {len(loader.dataset)} samples, the first '
-                    f'had {self.aikd.memory.table.samples}; train on one data set, or use --aikd-memory snapshot')
+                    f'had {memory.table.samples}; train on one data set, or use --aikd-memory snapshot')
             self._indices = BatchIndices(loader)
         self.aikd.begin_epoch(epoch, self.student)
 
@@ -195,7 +197,7 @@ class AikdRun:
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Continue from a checkpoint; from one without AI-KD everything starts fresh, and the log says so."""
-        if not state or 'aikd' not in state:
+        if not isinstance(state, dict) or 'aikd' not in state:
             _logger.warning('AI-KD: the checkpoint is of a run without AI-KD: D, T_c and a store memory start fresh')
             return
         self.aikd.load_state(state['aikd'], [self.resume_folder] if self.resume_folder else [])

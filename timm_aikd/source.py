@@ -1,11 +1,12 @@
 """Where a teacher comes from: a spec (Hub id, folder, file, timm model name) -> a model with its own weights."""
 import argparse
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -27,13 +28,23 @@ _NAME_IT = 'name its architecture with --aikd-teacher-model (evaluate: --model-n
 _HUB_ID = re.compile(r'[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?')
 
 
+class TimmModel(nn.Module):
+    """What timm gives the models that it builds, for annotations only: they share no class."""
+    pretrained_cfg: dict[str, Any]
+    num_classes: int
+
+
+def _create(name: str, **kwargs: Any) -> TimmModel:
+    return cast(TimmModel, create_model(name, **kwargs))
+
+
 @contextmanager
 def naming(option: str) -> Iterator[None]:
     """Let the errors within, which begin with the spec, begin with the option that it was given as."""
     try:
         yield
     except AikdError as error:
-        raise AikdError(f'{option} {error}') from error.__cause__
+        raise AikdError(f'{option} {error.args[0]}') from error.__cause__
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
@@ -53,26 +64,26 @@ def parse_spec(spec: str) -> tuple[str, str]:
             raise AikdError(f'{spec}: a Hub teacher is written hf-hub:ORG/NAME[@REVISION]')
         return 'hf-hub', value
     if colon and source == 'local-dir':
-        if not (Path(value) / 'config.json').is_file():
+        if not os.path.isfile(os.path.join(value, 'config.json')):
             raise AikdError(f'{spec}: no config.json in this folder; save_for_hf of timm writes one')
         return 'local-dir', value
-    path = Path(spec)
     if spec.endswith(WEIGHT_SUFFIXES):
-        if not path.is_file():
+        if not os.path.isfile(spec):
             raise AikdError(f'{spec}: no such file: check the path')
         return 'file', spec
-    if path.is_dir():
-        if not (path / 'model_best.pth.tar').is_file():
-            other = f'use local-dir:{spec}' if (path / 'config.json').is_file() else 'name a weights file'
+    if os.path.isdir(spec):
+        best = os.path.join(spec, 'model_best.pth.tar')
+        if not os.path.isfile(best):
+            other = f'use local-dir:{spec}' if os.path.isfile(f'{spec}/config.json') else 'name a weights file'
             raise AikdError(f'{spec}: not the output of a run, it has no model_best.pth.tar; {other}')
-        return 'file', str(path / 'model_best.pth.tar')
+        return 'file', best
     if is_model(spec):
         return 'name', spec
     hint = f'; did you mean hf-hub:{spec}' if _HUB_ID.fullmatch(spec) else ''
     raise AikdError(f'{spec}: no such file, folder or timm model{hint}; allowed: {FORMS}')
 
 
-def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, Any]]:
+def from_timm(kind: str, value: str, spec: str) -> tuple[TimmModel, dict[str, Any]]:
     """A published model with its own weights, and its config.
 
     Raises:
@@ -82,9 +93,10 @@ def from_timm(kind: str, value: str, spec: str) -> tuple[nn.Module, dict[str, An
         if kind == 'local-dir':
             check_config(Path(value) / 'config.json')
         with careful_downloads():
-            model = create_model(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
+            model = _create(value if kind == 'name' else f'{kind}:{value}', pretrained=True)
     except Exception as error:
         raise explain(error, spec) from error
+    _check_weights(spec, model)
     return model, model.pretrained_cfg
 
 
@@ -105,7 +117,7 @@ def pinned(spec: str) -> str:
     return f'hf-hub:{repository}@{commit}'
 
 
-def load_model(spec: str, model_name: str | None = None) -> tuple[nn.Module, dict[str, Any] | None, bool]:
+def load_model(spec: str, model_name: str | None = None) -> tuple[TimmModel, dict[str, Any] | None, bool]:
     """The model that a spec names, with its own weights.
 
     Returns:
@@ -125,14 +137,22 @@ def from_file(
         model_name: str | None,
         default_model_name: str | None,
         num_classes: int | None = None,
-) -> tuple[nn.Module, dict[str, Any] | None]:
+) -> tuple[TimmModel, dict[str, Any] | None]:
     """A model built after its own weights, and how its input was prepared where the file tells."""
     weights, arguments = read_checkpoint(path)
     name = model_name or arguments.get('model') or default_model_name
     if name is None:
         raise AikdError(f'{path}: stores no architecture; {_NAME_IT}')
     model, _, data_config = build(path, weights, {**arguments, 'model': name}, num_classes)
+    _check_weights(path, model)
     return model, data_config if arguments else None
+
+
+def _check_weights(spec: str, model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # buffers with infinities can be masks
+        if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):
+            raise AikdError(f'{spec}: its weights are not finite ({name}): choose an earlier checkpoint')
 
 
 def build(
@@ -140,7 +160,7 @@ def build(
         weights: dict[str, torch.Tensor],
         arguments: dict[str, Any],
         num_classes: int | None = None,
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any], dict[str, Any]]:
     """A model built after its own weights: their classes and channels, whatever the training arguments say.
 
     Args:
@@ -151,22 +171,41 @@ def build(
 
     Returns:
         The model, what `create_model` needed besides name and classes, and how the input was prepared.
+
+    Raises:
+        AikdError: The weights are those of another model, or the training arguments of none.
     """
+    try:
+        return _build(path, weights, arguments, num_classes)
+    except AikdError:
+        raise
+    except Exception as error:  # of timm, or of arguments that no script of timm has kept so
+        raise AikdError(
+            f'{path}: its training arguments make no model ({type(error).__name__}: {one_line(error)}); save its '
+            f'weights alone, as model.state_dict()') from error
+
+
+def _build(
+        path: str,
+        weights: dict[str, torch.Tensor],
+        arguments: dict[str, Any],
+        num_classes: int | None,
+) -> tuple[TimmModel, dict[str, Any], dict[str, Any]]:
     name = arguments['model']
     kwargs = dict(arguments.get('model_kwargs') or {}, global_pool=arguments.get('gp'), bn_eps=arguments.get('bn_eps'))
     try:
-        config = create_model(name, **kwargs).pretrained_cfg
+        config = _create(name, **kwargs).pretrained_cfg
     except Exception as error:
         raise AikdError(f'{path}: no such architecture {name!r} ({one_line(error)}); {_NAME_IT}') from error
     num_classes = _length(weights, config.get('classifier'), 0, default=num_classes)
     kwargs['in_chans'] = _length(weights, config.get('first_conv'), 1, default=arguments.get('in_chans') or 3)
     *_, height, width = arguments.get('input_size') or [arguments.get('img_size')] * 2
-    tries = [{}]
+    tries: list[dict[str, Any]] = [{}]
     if height and config.get('fixed_input_size') and 'img_size' not in kwargs:
         # first, for the weights of a Swin fit any size
         tries.insert(0, {'img_size': height if height == width else (height, width)})
     for extra in tries:
-        model = create_model(name, num_classes=num_classes, **kwargs, **extra)
+        model = _create(name, num_classes=num_classes, **kwargs, **extra)
         misfit = _misfit(model, weights)
         if misfit is None:
             model.load_state_dict(weights)
@@ -222,12 +261,13 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def _class_names(checkpoint: Any) -> list[str] | None:
     try:
-        return checkpoint['task_state']['aikd']['class_names']
+        names = checkpoint['task_state']['aikd']['class_names']
     except (KeyError, TypeError, IndexError):
         return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _length(weights: dict[str, torch.Tensor], layers: Any, dim: int, default: int) -> int:
+def _length(weights: dict[str, torch.Tensor], layers: Any, dim: int, default: int | None) -> int | None:
     """Size of the weight of the layer that timm's config names (the first of several)."""
     layer = layers[0] if isinstance(layers, (tuple, list)) else layers
     weight = weights.get(f'{layer}.weight')

@@ -28,7 +28,7 @@ from .ranks import barrier, gather_objects, rank, this_host
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be deleted anyway
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SCRATCH = 'timm-aikd-', '.table'  # first and last part of a scratch file's name
 _CHUNK_BYTES = 32 * 2 ** 20  # of records that a rank sends, reads or writes at once
@@ -50,13 +50,15 @@ class HostTable:
 
     def __init__(self, dtype: np.dtype, samples: int, folder: str | None = None, host: str | None = None):
         self.dtype, self.samples, self.bytes = dtype, samples, samples * dtype.itemsize
-        self.folder = Path(folder or tempfile.gettempdir())
+        self.folder = Path(folder or 'the folder for temporary files')
         hosts = gather_objects(host or this_host())
         mine = [other for other, name in enumerate(hosts) if name == hosts[rank()]]
         self.hosts, self._place, self._is_leader = hosts, mine.index(rank()), mine[0] == rank()
         self.has_other_hosts = len(mine) < len(hosts)
         self._chunk = max(1, min(_CHUNK_BYTES, _CHUNK_ALL_RANKS // len(hosts)) // (dtype.itemsize + 8))
         self._scratch: tuple[str, int] | None = None  # path and descriptor, while the file has a name
+        if folder is None:
+            self.folder = self._on_all_ranks(lambda: Path(tempfile.gettempdir()))[rank()]
         try:
             paths = self._on_all_ranks(self._create if self._is_leader else lambda: None)
             self._on_all_ranks(lambda: self._map(paths[mine[0]]))
@@ -231,13 +233,13 @@ class HostTable:
                 found = file.metadata() or {}
                 for name, value in metadata.items():
                     if found.get(name) != value:
-                        return f'is refused, its {name} is {found.get(name)}, not {value}'
+                        return f'is refused, its {name} is {str(found.get(name))[:80]}, not {value}'
                 rows = file.get_slice('records')
                 if rows.get_shape() != [self.samples, self.dtype.itemsize] or rows.get_dtype() != 'U8':
                     return f'is refused, its records are {rows.get_dtype()} {rows.get_shape()}'
                 for start, stop in self._slices():
                     chunk = np.ascontiguousarray(rows[start:stop])
-                    read.update(chunk)
+                    read.update(chunk.data)
                     self.records[start:stop] = chunk.reshape(-1).view(self.dtype)
         except (OSError, SafetensorError, ValueError) as error:
             return f'cannot be read ({" ".join(str(error).split())[:100]})'
@@ -262,7 +264,8 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove scratch files of runs that were killed in the moment between making and disowning theirs."""
     for path in folder.glob('*'.join(_SCRATCH)):
         try:
-            if time.time() - path.stat().st_mtime < 60:  # perhaps not locked yet
+            status = path.stat()
+            if status.st_size == 0 and time.time() - status.st_mtime < 60:  # perhaps not locked yet
                 continue
             with open(path, 'rb') as file:
                 if fcntl is not None:

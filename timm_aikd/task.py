@@ -1,4 +1,5 @@
 """AI-KD as a training task of timm."""
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
+from .aikd import Criterion
 from .config import AikdConfig
 from .run import AikdRun
 
@@ -45,12 +47,12 @@ class AikdTask(ClassificationTask):
     def __init__(
             self,
             model: nn.Module,
-            criterion: nn.Module | None = None,
-            *args,
+            criterion: Criterion | None = None,
+            *args: Any,
             teacher: nn.Module | None = None,
             config: AikdConfig | None = None,
             epochs: int = 1,
-            **kwargs,
+            **kwargs: Any,
     ):
         super().__init__(model, criterion, *args, **kwargs)
         self.run = AikdRun(unwrap_model(model), self.criterion, teacher, config, epochs, self.verbose)
@@ -76,7 +78,7 @@ class AikdTask(ClassificationTask):
         output = self.trainable_module(input)
         return {'output': output, **self.run.loss(input, output, target, index)}
 
-    def calibrate(self, batches) -> None:
+    def calibrate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
         self.run.calibrate(batches)
 
@@ -88,7 +90,11 @@ class AikdTask(ClassificationTask):
         """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
         return self.run.end_epoch()
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'AikdTask':
+    def prepare_distributed(
+            self,
+            device_ids: list[int | torch.device] | None = None,
+            **ddp_kwargs: Any,
+    ) -> 'AikdTask':
         """Wrap the student in DDP and give all ranks one discriminator."""
         if self.device.type == 'cpu':
             device_ids = None  # timm's script names the CPU, which DDP refuses
@@ -97,7 +103,12 @@ class AikdTask(ClassificationTask):
             self.aikd.discriminator.broadcast()
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
+    def compile(  # type: ignore[override]  # as timm's, which answers otherwise than torch's
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
         """Compile student, teacher and snapshot; losses and discriminator stay eager."""
         self.aikd.compile(backend=backend, mode=mode, **compile_kwargs)
         return super().compile(backend=backend, mode=mode, **compile_kwargs)

@@ -13,10 +13,10 @@ from timm.data.loader import adapt_to_chs
 from timm.utils import unwrap_model
 
 from . import AikdError
-from .classes import match_classes
+from .classes import class_count, match_classes
 from .inference import fast_in_bfloat16, folded, forward_layout
 from .ranks import first_on_each_host, gather_objects, sum_over_ranks
-from .source import from_file, from_timm, naming, parse_spec, pinned
+from .source import TimmModel, from_file, from_timm, naming, parse_spec, pinned
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +40,11 @@ class Teacher(nn.Module):
         trial: The same model in bfloat16, where that is faster: `settle` takes it if its answers are the model's.
         temperature: T_c, a number > 0: logits are divided by it; above 1 the teacher becomes less sure.
     """
+
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    columns: torch.Tensor | None
+    _agreed: torch.Tensor
 
     def __init__(
             self,
@@ -72,7 +77,7 @@ class Teacher(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    def compile(self, **kwargs) -> None:
+    def compile(self, **kwargs: Any) -> None:
         """Compile the model, not this wrapper."""
         for model in filter(None, (self.model, self.trial)):
             model.compile(**kwargs)
@@ -80,31 +85,30 @@ class Teacher(nn.Module):
     @torch.no_grad()  # inference_mode tensors could not be saved for the student's backward
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] / T_c in float32, in the student's class order, for the student's input."""
-        if self.scale is not None:
-            input = (input * self.scale + self.shift).to(input.dtype)
+        scale, shift = self.scale, self.shift
+        if scale is not None and shift is not None:
+            input = (input * scale + shift).to(input.dtype)
         if self.size is not None and tuple(input.shape[-2:]) != self.size:
             input = F.interpolate(input.float(), self.size, mode='bicubic', antialias=True).to(input.dtype)
         logits = self._answer(self.model, input, self.dtype)
         if self.trial is not None:
-            self._try(input, logits)
+            self._try(self.trial, input, logits)
         return logits / self.temperature if self.temperature != 1. else logits
 
     def _answer(self, model: nn.Module, input: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         if dtype is not None:
             input = input.to(dtype)
         with torch.autocast(input.device.type, enabled=False) if dtype is not None else nullcontext():
-            logits = model(input)
-        if isinstance(logits, (tuple, list)):
-            logits = logits[0]
-        logits = logits.float()
+            answer = model(input)
+        logits: torch.Tensor = (answer[0] if isinstance(answer, (tuple, list)) else answer).float()
         return logits if self.columns is None else logits.index_select(-1, self.columns)
 
-    def _try(self, input: torch.Tensor, logits: torch.Tensor) -> None:
+    def _try(self, trial: nn.Module, input: torch.Tensor, logits: torch.Tensor) -> None:
         if torch.is_autocast_enabled(input.device.type):
             self.trial = None  # the teacher runs in a lower precision as it is
             return
         self._tried += len(input)
-        self._agreed += (self._answer(self.trial, input, torch.bfloat16).argmax(-1) == logits.argmax(-1)).sum()
+        self._agreed += (self._answer(trial, input, torch.bfloat16).argmax(-1) == logits.argmax(-1)).sum()
 
     def settle(self) -> None:
         """Decide on the trial once it has answered for `TRIAL_SAMPLES` samples; on all ranks, waits for the device."""
@@ -169,34 +173,33 @@ def load_teacher(
     if spec == 'none':
         return None
     student = unwrap_model(student)
+    classes = class_count(student)
 
     def load() -> Teacher:
         with naming('--aikd-teacher'):
             kind, value = parse_spec(spec)
             if kind == 'file':
-                classes = getattr(student, 'num_classes', None)
                 model, config = from_file(value, model_name, default_model_name, classes)
             else:
                 model, config = from_timm(kind, value, spec)
             model.eval()
             _check_channels(spec, model, student)
             columns = match_classes(
-                spec, model.pretrained_cfg, model.num_classes, student.num_classes, class_names,
-                is_published=kind != 'file')
+                spec, model.pretrained_cfg, model.num_classes, classes, class_names, is_published=kind != 'file')
         weight = next(student.parameters())
         scale, shift = _renormalisation(student, mean, std, config, getattr(model, 'in_chans', 3))
         input_size = _input_size(spec, model, config, size)
-        model = folded(model)[0].to(weight.device, weight.dtype, memory_format=forward_layout(student))
+        network = folded(model)[0].to(weight.device, weight.dtype).to(memory_format=forward_layout(student))
         has_trial = dtype == 'auto' and weight.dtype == torch.float32 and fast_in_bfloat16(weight.device)
         return Teacher(
-            model,
+            network,
             name=pinned(spec),
             scale=scale,
             shift=shift,
             columns=None if columns is None else torch.tensor(columns),
             size=input_size,
             dtype=None if dtype == 'auto' else getattr(torch, dtype),
-            trial=copy.deepcopy(model).bfloat16() if has_trial else None,
+            trial=copy.deepcopy(network).bfloat16() if has_trial else None,
         ).to(weight.device)
 
     with torch.random.fork_rng(devices=[]):
@@ -217,7 +220,7 @@ def better_than_chance(correct: int, count: int, num_classes: int) -> bool:
     return sum(map(math.exp, log_tail)) < _CHANCE_LEVEL
 
 
-def _check_channels(spec: str, model: nn.Module, student: nn.Module) -> None:
+def _check_channels(spec: str, model: TimmModel, student: nn.Module) -> None:
     ours, theirs = (getattr(module, 'in_chans', None) for module in (student, model))
     if None not in (ours, theirs) and ours != theirs:
         raise AikdError(
@@ -249,7 +252,7 @@ def _renormalisation(
     return (std_s / std_t).float(), ((mean_s - mean_t) / std_t).float()
 
 
-def _input_size(spec: str, model: nn.Module, config: dict[str, Any] | None, size: int | None) -> tuple[int, int] | None:
+def _input_size(spec: str, model: TimmModel, config: dict[str, Any] | None, size: int | None) -> tuple[int, int] | None:
     """(height, width) that the input is resized to, None where it is taken as it comes."""
     fixed = _fixed_size(model, config)
     if size is None:
@@ -261,9 +264,9 @@ def _input_size(spec: str, model: nn.Module, config: dict[str, Any] | None, size
     return size, size
 
 
-def _fixed_size(model: nn.Module, config: dict[str, Any] | None) -> tuple[int, int] | None:
+def _fixed_size(model: TimmModel, config: dict[str, Any] | None) -> tuple[int, int] | None:
     """(height, width) that the model insists on, None where it takes any."""
-    patches = getattr(model, 'patch_embed', None)
+    patches: Any = getattr(model, 'patch_embed', None)
     strict = getattr(patches, 'strict_img_size', None)  # None: the model keeps no size, but was trained at one
     if not model.pretrained_cfg.get('fixed_input_size') or strict is False:
         return None
