@@ -53,6 +53,7 @@ def test_runs_resumes_and_reports(images, tmp_path):
         assert (tmp_path / f'results-test-small-resnet-{picture}.png').stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_sweep_never_sees_the_test_images(images, tmp_path):
     where = ('--data', images, '--results', tmp_path / 'sweep.csv', *BRIEF, '--seeds', '0')
     run(SCRIPT, *where, '--sweep', 'adv_weight', '--base', '{"alpha": 0.5}')
