@@ -1,10 +1,12 @@
 """Options: the good, the bad, and the places that must agree with them."""
 import argparse
+import ast
 import re
 from dataclasses import fields
 
 import pytest
 
+import timm_aikd
 from timm_aikd import AikdConfig, AikdError
 
 from .conftest import ROOT
@@ -95,3 +97,10 @@ def test_teacher_none_switches_the_teachers_terms_off():
     assert not AikdConfig(teacher='none').has_teacher
     assert not AikdConfig(kd_weight=0, adv_weight=0).has_teacher
     assert AikdConfig(kd_weight=0).has_teacher
+
+
+def test_what_type_checkers_see_of_the_package_is_what_it_exports():
+    tree = ast.parse((ROOT / 'timm_aikd' / '__init__.py').read_text())
+    block, = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == timm_aikd._HOME

@@ -26,7 +26,7 @@ VERSIONS = {  # name: Python, and what is asked for beyond the newest that it ca
 SHOWN = ('torch', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
 
 
-def test(python: str, wanted: tuple[str, ...], arguments: list[str], folder: Path) -> list[str]:
+def run_tests(python: str, wanted: tuple[str, ...], arguments: list[str], folder: Path) -> list[str]:
     """Cells of the table: what was installed, and the last line of pytest or of what went wrong before it."""
     interpreter = shutil.which(f'python{python}')
     if interpreter is None:
@@ -63,7 +63,7 @@ def main() -> None:
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             python, *wanted = VERSIONS[name]
-            rows.append([name, *test(python, tuple(wanted), arguments, Path(scratch) / name)])
+            rows.append([name, *run_tests(python, tuple(wanted), arguments, Path(scratch) / name)])
         print(f'note: {name}: {rows[-1][-1]}', file=sys.stderr)
     for cells in (['', 'Python', *SHOWN, 'tests'], ['---'] * (len(SHOWN) + 3), *rows):
         print(f'| {" | ".join(cells)} |')
