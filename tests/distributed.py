@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from . import warm  # noqa: F401  (what the fork server imports)
+
 
 def spawn(function: Callable, ranks: int, argument=None) -> list:
     """`function(rank, argument)` on each rank; what each returns, in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, ranks, argument, folder), nprocs=ranks)
+        mp.start_processes(_rank, (function, ranks, argument, folder), nprocs=ranks, start_method='forkserver')
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(ranks)]
 
 

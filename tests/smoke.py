@@ -47,7 +47,7 @@ def main() -> None:
         run(sys.executable, str(SCRIPT), *SMALL, '--experiment', 'phase1')
         run(sys.executable, str(SCRIPT), *SMALL, '--experiment', 'phase2', '--aikd', '--aikd-teacher', 'out/phase1')
         assert 'train_aikd_kd' in Path('out/phase2/summary.csv').read_text()
-        print(run(command, 'evaluate', 'out/phase1', 'out/phase2', 'data', '--plot', ''))  # pictures need an extra
+        print(run(command, 'evaluate', 'out/phase1', 'out/phase2', 'data'))
         run(command, 'push', 'out/phase2', '--to-folder', 'model')
         assert Path('model/model.safetensors').stat().st_size > 10_000
         os.chdir('/')

@@ -57,7 +57,7 @@ def launcher(tmp_path):
     return path
 
 
-@pytest.mark.parametrize('ranks, spoil', [(2, None), (2, '1'), (4, None)])
+@pytest.mark.parametrize('ranks, spoil', [(2, None), (2, '1'), pytest.param(4, None, marks=pytest.mark.slow)])
 def test_ranks_agree(train_script, image_folder, phase1, tmp_path, launcher, ranks, spoil):  # noqa: F811
     """D is the same on all ranks, nobody hangs on a batch that is not finite, and metrics are of all ranks."""
     if ranks == 4 and train_script.parent.name != 'examples':
@@ -144,7 +144,7 @@ def test_wandb(train_script, image_folder, phase1, tmp_path):  # noqa: F811
     assert 'train_aikd_progressive' in logged[0] and 'eval_ece' in logged[0]
 
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.parametrize('method', ['spawn', pytest.param('forkserver', marks=pytest.mark.slow)])
 def test_workers_of_any_start_method(train_script, image_folder, phase1, tmp_path, method):  # noqa: F811
     """Workers import the script afresh, without the patch: nothing in the data path may need it."""
     (tmp_path / 'site').mkdir()

@@ -53,6 +53,7 @@ def test_quickstart_shows_what_went_wrong(tmp_path):
     assert done.returncode == 2 and 'no such file' in done.stderr
 
 
+@pytest.mark.slow
 def test_benchmark_memory(tmp_path):
     done = run(
         ROOT / 'examples' / 'benchmark_memory.py', '--quick', '--sizes', 'CIFAR-100', '--ranks', '1', '2', '--folder',

@@ -206,6 +206,7 @@ def test_nothing_in_an_argument_breaks_the_tables(tmp_path):
     assert '<script>' not in re.sub(r'\\<', '', body) and r'rand\|m9 \| x \| y \|' in body
 
 
+@pytest.mark.slow
 def test_a_generation_is_the_teacher_of_the_next(image_folder, tmp_path):
     """Phase 1, its export as the teacher of phase 2, that on the Hub as the teacher of phase 3."""
     small = [

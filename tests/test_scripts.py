@@ -99,7 +99,8 @@ def needs_tasks(script):
         pytest.skip('names the CPU to DDP, which refuses; test_every_way mends that and runs its ranks')
 
 
-@pytest.mark.parametrize('launcher', [[], ['-m', 'timm_aikd']], ids=['plain', 'explicit'])
+@pytest.mark.parametrize('launcher', [
+    pytest.param([], id='plain'), pytest.param(['-m', 'timm_aikd'], id='explicit', marks=pytest.mark.slow)])
 def test_two_ranks_under_torchrun(train_script, image_folder, phase1, tmp_path, launcher):
     needs_tasks(train_script)
     run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *launcher,

@@ -2,8 +2,8 @@
 
 PyTorch calls `arm` at the end of `import torch`. It wraps `argparse.ArgumentParser.parse_known_args` and does nothing
 else: at a script's first parse the wrapper looks for a parser with the signature of timm's train.py in the globals of
-the calling module, adds the AI-KD options to it, and gives argparse back its own method. Parsers of other programs
-are left alone. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `TIMM_AIKD_AUTOLOAD=0` turns it off.
+the calling module, and adds the AI-KD options to it. Parsers of other programs are left alone. The wrapper stays, since
+a process may run several scripts. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` or `TIMM_AIKD_AUTOLOAD=0` turns it off.
 """
 import argparse
 import os
@@ -29,7 +29,7 @@ def arm() -> None:
 
 
 def watch_parsers() -> None:
-    """Wrap argparse until a training script is found; a second call is harmless."""
+    """Wrap argparse; a second call is harmless."""
     global _armed, _original
     _armed = True
     if _original is None:
@@ -59,7 +59,6 @@ def _parse_known_args(
         found = [x for x in {id(x): x for x in [*script.values(), self]}.values() if _armed and _is_training(x)]
         if found:
             from . import patch
-            unwatch_parsers()
             for parser in found:
                 patch.adopt(parser, script)
     except Exception:
@@ -70,13 +69,22 @@ def _parse_known_args(
 
 
 def _calling_globals() -> dict[str, Any]:
-    """Globals of the module that asked for the parse: the first frame outside argparse and this file."""
+    """Globals of the module that asked for the parse: where it trains, however others have wrapped argparse too."""
+    first: dict[str, Any] | None = None
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get('__name__') in (__name__, argparse.__name__):
+    while frame is not None:
+        if 'train_one_epoch' in frame.f_globals:
+            return frame.f_globals
+        if first is None and frame.f_globals.get('__name__') not in (__name__, argparse.__name__):
+            first = frame.f_globals
         frame = frame.f_back
-    return frame.f_globals if frame is not None else {}
+    return first or {}
 
 
 def _is_training(parser: Any) -> bool:
+    """Whether it is a training script's parser, without options of our names so far."""
     # issubclass: isinstance would ask a lazy proxy among the globals for its __class__
-    return issubclass(type(parser), argparse.ArgumentParser) and SIGNATURE <= {x.dest for x in parser._actions}
+    if not issubclass(type(parser), argparse.ArgumentParser):
+        return False
+    is_ours = any(flag.startswith('--aikd') for flag in parser._option_string_actions)
+    return SIGNATURE <= {action.dest for action in parser._actions} and not is_ours

@@ -101,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='size and crop of the training, where a model recommends others for tests')
     parser.add_argument('--bins', type=int, default=15, metavar='N', help='bins of the ECE, at least 1 (%(default)s)')
     parser.add_argument(
-        '--plot', default='reliability.png', metavar='FILE',
-        help='reliability diagrams, as PNG; empty: none (%(default)s)')
+        '--plot', metavar='FILE',
+        help='reliability diagrams, as PNG; empty: none (reliability.png where matplotlib is installed)')
     parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images a batch (%(default)s)')
     parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes (%(default)s)')
     parser.add_argument(
@@ -120,17 +120,15 @@ def evaluate(args: argparse.Namespace) -> None:
         if getattr(args, name) < low:
             flag = '--' + name.replace('_', '-')
             raise AikdError(f'{flag} {getattr(args, name)}: allowed is a whole number >= {low}')
-    if args.plot:
-        from .plots import reliability_diagram, require_matplotlib
-
-        require_matplotlib()
-        _check_writable(args.plot)
+    plot = _plot_path(args.plot)
     predictions = {spec: _predictions(spec, args) for spec in args.models}
     print(table({spec: (len(kept.nll), kept.metrics(args.bins)) for spec, kept in predictions.items()}, args.bins))
-    if args.plot:
+    if plot:
+        from .plots import reliability_diagram
+
         reliability_diagram(
-            args.plot, {spec: (kept.confidence, kept.correct) for spec, kept in predictions.items()}, args.bins)
-        print(f'reliability diagrams: {args.plot}')
+            plot, {spec: (kept.confidence, kept.correct) for spec, kept in predictions.items()}, args.bins)
+        print(f'reliability diagrams: {plot}')
 
 
 def table(rows: dict[str, tuple[int, dict[str, float]]], bins: int = 15) -> str:
@@ -146,8 +144,25 @@ def table(rows: dict[str, tuple[int, dict[str, float]]], bins: int = 15) -> str:
     return '\n'.join(lines)
 
 
+def _plot_path(given: str | None) -> str:
+    """Where to draw: checked before hours of predictions, and nowhere if nobody asked and there is no matplotlib."""
+    from .plots import require_matplotlib
+
+    if given == '':
+        return given
+    try:
+        require_matplotlib()
+    except AikdError as error:
+        if given:
+            raise
+        print(f'note: no reliability diagrams: {error}')
+        return ''
+    path = given or 'reliability.png'
+    _check_writable(path)
+    return path
+
+
 def _check_writable(path: str) -> None:
-    """Before hours of predictions, not after them."""
     if not path.endswith('.png') or os.path.isdir(path):
         raise AikdError(f'--plot {path}: name a file that ends in .png')
     try:

@@ -60,9 +60,6 @@ def adopt(parser: argparse.ArgumentParser, script: dict[str, Any]) -> None:
     """
     from .config import AikdConfig
 
-    if any(action.dest == 'aikd' for action in parser._actions):
-        return
-
     def parse_known_args(
             self: argparse.ArgumentParser,
             args: Any = None,
@@ -166,7 +163,7 @@ class _Script:
                 script[name] = replacement
         self.excepthook = sys.excepthook
         sys.excepthook = self._excepthook
-        if script.get('__name__') == '__main__':
+        if script.get('__name__') == '__main__' and not hasattr(sys, 'ps1'):  # whose end is not that of a session
             atexit.register(self._check_steps)
 
     def unbind(self) -> None:
