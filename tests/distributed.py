@@ -13,10 +13,13 @@ import torch.multiprocessing as mp
 from . import warm  # noqa: F401  (what the fork server imports)
 
 
-def spawn(function: Callable, ranks: int, argument=None) -> list:
-    """`function(rank, argument)` on each rank; what each returns, in order of rank."""
+def spawn(function: Callable, ranks: int, argument=None, method: str = 'forkserver') -> list:
+    """`function(rank, argument)` on each rank; what each returns, in order of rank.
+
+    With the method `spawn` they import everything afresh, as what reads the environment at import needs.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (function, ranks, argument, folder), nprocs=ranks, start_method='forkserver')
+        mp.start_processes(_rank, (function, ranks, argument, folder), nprocs=ranks, start_method=method)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(ranks)]
 
 

@@ -526,7 +526,7 @@ def test_one_rank_a_host_downloads_and_all_fail_alike(tmp_path, monkeypatch, net
         server.fail('org/stalling', CONFIG, 'stall', method='HEAD', forever=True)
         for name, value in {**server.environment(tmp_path / 'home'), 'HF_HUB_ETAG_TIMEOUT': '1'}.items():
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        first, second = spawn(rank_loads, 2, ['hf-hub:org/net', *refused])
+        first, second = spawn(rank_loads, 2, ['hf-hub:org/net', *refused], method='spawn')
     assert first == second
     assert first[0] == (f'hf-hub:org/net@{commit}', net.answers)
     assert sum(request.startswith('GET') and WEIGHTS in request for request in server.requests) == 1
