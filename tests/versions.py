@@ -41,12 +41,11 @@ def run_tests(python: str, wanted: tuple[str, ...], arguments: list[str], folder
     versions = subprocess.run(
         [own, '-c', 'import importlib.metadata as m, platform, sys; print(platform.python_version(), '
          '*map(m.version, sys.argv[1:]), sep="\\n")', *SHOWN], check=True, stdout=subprocess.PIPE, text=True)
-    tests = subprocess.run(
-        [own, '-m', 'pytest', '-q', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = ROOT / 'output' / f'versions-{folder.name}.log'
     log.parent.mkdir(exist_ok=True)
-    log.write_text(tests.stdout)
-    result = tests.stdout.strip().splitlines()[-1].strip('= ')
+    with open(log, 'w') as file:
+        tests = subprocess.run([own, '-m', 'pytest', '-q', *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    result = log.read_text().strip().splitlines()[-1].strip('= ')
     return [*versions.stdout.split(), result if tests.returncode == 0 else f'error: {result}, see {log}']
 
 

@@ -201,6 +201,7 @@ def _predictions(spec: str, args: argparse.Namespace) -> Predictions:
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
         num_workers=args.workers,
+        persistent_workers=False,
         device=device,
     )
     predictions = predict(
