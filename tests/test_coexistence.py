@@ -30,13 +30,21 @@ def same_student(words, tmp_path):
     return compare
 
 
+DEBUGGER = '''
+import io, pdb, runpy, sys
+sys.argv = sys.argv[1:]
+debugger = pdb.Pdb(stdin=io.StringIO('step\\ncontinue\\n'), stdout=sys.stdout, nosigint=True, readrc=False)
+debugger.runcall(runpy.run_path, sys.argv[0], run_name='__main__')
+'''
+
+
 @pytest.mark.parametrize('tool', [
     ['-m', 'coverage', 'run', '--data-file', 'FOLDER/coverage'],
     ['-m', 'cProfile', '-o', 'FOLDER/profile'],
-    ['-m', 'pdb', '-c', 'continue', '-c', 'quit'],  # a debugger's trace function in every frame
+    ['-c', DEBUGGER],
     ['-m', 'IPython', '--no-banner', '--ipython-dir', 'FOLDER', '-c', '%run SCRIPT'],
     ['-m', 'timm_aikd'],
-], ids=lambda tool: tool[1])
+], ids=['coverage', 'cProfile', 'pdb', 'IPython', 'timm_aikd'])
 def test_a_tool_that_runs_the_script(words, same_student, tmp_path, tool):
     script, *rest = words('tool')
     if 'IPython' in tool:  # as a cell of a notebook does
