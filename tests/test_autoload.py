@@ -136,13 +136,15 @@ def test_a_failing_adoption_leaves_the_script_its_parse(armed, monkeypatch):
 
 
 def test_a_script_with_options_of_our_names_keeps_them(armed, capsys):
-    parser = training_parser()
-    parser.add_argument('--aikd-alpha', type=int)
-    script = in_script('args = parser.parse_args(["--aikd-alpha", "2"])', parser=parser)
-    assert script['args'].aikd_alpha == 2
+    def script(*words):
+        parser = training_parser()
+        parser.add_argument('--aikd-alpha', type=int)
+        return in_script('args = parser.parse_args(words)', parser=parser, words=words)
+
+    assert script('--aikd-alpha', '2')['args'].aikd_alpha == 2
     with pytest.raises(SystemExit):
-        in_script('parser.parse_args(["--aikd"])', parser=parser)
-    assert '--aikd' in capsys.readouterr().err  # not a switch that does nothing
+        script('--aikd')  # not a switch that does nothing
+    assert '--aikd' in capsys.readouterr().err
 
 
 def test_a_second_script_in_the_process_is_found_too(armed):
