@@ -184,6 +184,7 @@ METHODS = {
     'pskd': Method(PSKD),
     'pskd-ref': Method(PSKD, peer=PsKdReference),
     'aikd-store': Method(STORE),
+    'aikd-ls': Method(STORE, smoothing=0.1),  # timm's script smooths by default
     'aikd-snapshot': Method({'memory': 'snapshot'}),
     'aikd-no-kd': Method({**STORE, 'kd_weight': 0.}),
     'aikd-no-progressive': Method({**STORE, 'alpha': 0.}),
@@ -217,7 +218,10 @@ def find_method(name: str) -> Method:
 def sweep_names(base: dict, options: list[str]) -> list[str]:
     """The base first, then what differs from it in one option."""
     points = [base, *({**base, option: value} for option in options for value in GRID[option])]
-    return list(dict.fromkeys(f'sweep:{json.dumps(point, sort_keys=True)}' for point in points))
+    different: dict[str, dict] = {}
+    for point in points:
+        different.setdefault(json.dumps(effective_options(AikdConfig(**STORE, **point))), point)
+    return [f'sweep:{json.dumps(point, sort_keys=True)}' for point in different.values()]
 
 
 @dataclass(frozen=True)
@@ -564,22 +568,22 @@ def print_tables(title: str, methods: dict[str, dict[int, dict]], references: li
               *(difference(rows, methods[reference], metric) for metric in METRICS)] for name, rows in others.items()])
 
 
-def print_summary(units: dict[tuple[str, str], dict[str, dict[int, dict]]], names: list[str]) -> None:
-    """Means of error, NLL and ECE in all regimes; bold where the difference from `ce` leaves out 0."""
+def print_summary(units: dict[tuple[str, str], dict[str, dict[int, dict]]], names: list[str], reference: str) -> None:
+    """Means of error, NLL and ECE in all regimes; bold where the difference from the reference leaves out 0."""
     def cell(methods, name, metric):
-        rows, (_, form) = methods[name], METRICS[metric]
+        rows, (_, form), plain = methods[name], METRICS[metric], methods.get(reference, {})
         text = format(statistics.mean(row[metric] for row in rows.values()), form)
-        if name == 'ce' or not rows.keys() & methods['ce'].keys():
+        if name == reference or not rows.keys() & plain.keys():
             return text
-        mean, half = paired(rows, methods['ce'], metric)
+        mean, half = paired(rows, plain, metric)
         return f'**{text}**' if abs(mean) > half else text
 
     def count(name):
         return '/'.join(map(str, sorted({len(methods[name]) for methods in units.values() if name in methods})))
 
     print_table(
-        '## Summary\n\nMean error % / NLL / ECE %, bold where the paired 95 % interval of the difference from ce '
-        'leaves out 0', ['method', 'n', *map(', '.join, units)],
+        f'## Summary\n\nMean error % / NLL / ECE %, bold where the paired 95 % interval of the difference from '
+        f'{reference} leaves out 0', ['method', 'n', *map(', '.join, units)],
         [[name, count(name), *(
             ' / '.join(cell(methods, name, metric) for metric in SUMMARY) if name in methods else ''
             for methods in units.values())] for name in names])
@@ -658,6 +662,7 @@ def report(runs: list[Run], part: str, results: Results, references: list[str], 
             environments.add(row['environment'])
     if not units:
         sys.exit(f'error: {results.path} has none of these runs')
+    names = {name for methods in units.values() for name in methods}
     for (regime, student), methods in units.items():
         if are_trials:
             nll = {name: statistics.mean(row['nll'] for row in rows.values()) for name, rows in methods.items()}
@@ -667,8 +672,8 @@ def report(runs: list[Run], part: str, results: Results, references: list[str], 
             stem = results.path.with_name(f'{results.path.stem}-{part}-{regime}-{student}')
             plot(stem, methods, results.details())
             print(f'\nPlots: {stem}-*.png')
+    print_summary(units, list(dict.fromkeys(run.method for run in runs if run.method in names)), references[0])
     if not are_trials:
-        print_summary(units, [name for name in METHODS if any(name in methods for methods in units.values())])
         plot_summary(results.path.with_suffix('.png'), units, 'aikd-store')
         print(f'\nPlot: {results.path.with_suffix(".png")}')
     print('\nTrained on: ' + '; '.join(sorted(environments)))

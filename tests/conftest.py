@@ -1,4 +1,5 @@
 """Shared fixtures: tiny models, tiny image folders, and the training scripts to drive."""
+import argparse
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from timm_aikd import autoload
 from timm_aikd.__main__ import main
 
 from .warm import run_warm
@@ -51,6 +53,12 @@ def write_images(folder: Path, classes: int = 3, per_class: int = 12, size: int 
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp('images') / 'data')
+
+
+def unwatch_parsers() -> None:
+    """Give argparse its own method back, as if torch had not been imported."""
+    if autoload._original is not None:
+        argparse.ArgumentParser.parse_known_args, autoload._original = autoload._original, None
 
 
 WITHOUT_TASKS = ('v1.0.22', 'legacy')

@@ -9,7 +9,7 @@ import pytest
 
 from timm_aikd import autoload, patch
 
-from .conftest import run
+from .conftest import run, unwatch_parsers
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def armed():
     """The wrapper on, as after `import torch`; argparse is put back whatever the test does."""
     autoload.arm()
     yield
-    autoload.unwatch_parsers()
+    unwatch_parsers()
 
 
 def in_script(source: str, **names) -> dict:
@@ -88,7 +88,7 @@ def test_parsing_twice_in_one_process(armed):
 
 
 def test_arming_twice_is_harmless_and_can_be_switched_off(monkeypatch):
-    autoload.unwatch_parsers()
+    unwatch_parsers()
     plain = argparse.ArgumentParser.parse_known_args
     monkeypatch.setenv('TIMM_AIKD_AUTOLOAD', '0')
     autoload.arm()
@@ -97,7 +97,7 @@ def test_arming_twice_is_harmless_and_can_be_switched_off(monkeypatch):
     autoload.arm()
     autoload.arm()
     assert argparse.ArgumentParser.parse_known_args is autoload._parse_known_args
-    autoload.unwatch_parsers()
+    unwatch_parsers()
     assert argparse.ArgumentParser.parse_known_args is plain
 
 
@@ -123,10 +123,10 @@ def test_never_raises(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(autoload, '_calling_globals', lambda: 1 / 0)
     parser = argparse.ArgumentParser()
-    autoload.unwatch_parsers()
+    unwatch_parsers()
     autoload.arm()
     assert parser.parse_args([]) is not None  # whatever is wrong with us, the program parses
-    autoload.unwatch_parsers()
+    unwatch_parsers()
 
 
 def test_a_failing_adoption_leaves_the_script_its_parse(armed, monkeypatch):

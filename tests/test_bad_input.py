@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from timm_aikd import Aikd, AikdConfig, autoload, patch
 from timm_aikd.__main__ import main
 
-from .conftest import ROOT, SMALL_RUN, run, write_images
+from .conftest import ROOT, SMALL_RUN, run, unwatch_parsers, write_images
 from .test_teacher import arguments, save, source
 
 # what the script and timm warn of is not ours to fail on
@@ -481,7 +481,7 @@ def call(*words):
             code = 1
         for script in list(patch._patched.values()):
             patch.restore(script.script)
-        autoload.unwatch_parsers()
+        unwatch_parsers()
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
     return code, error.getvalue()

@@ -103,7 +103,7 @@ def test_resumes_from(train_script, image_folder, phase1, tmp_path, what):  # no
         assert kept and state['memory']['epoch'] == (saved['epoch'] - 1 if what == 'recovery' else saved['epoch'])
     expected = f'prediction memory of epoch {state["memory"]["epoch"]} restored' if kept else 'pauses for one epoch'
     assert expected in log
-    alpha = 0.3 * (saved['epoch'] + 2) / {'epochs': 7}.get(what, 5)
+    alpha = AikdConfig().alpha * (saved['epoch'] + 2) / {'epochs': 7}.get(what, 5)
     assert float(summary(tmp_path / 'resumed')[0]['train_aikd_alpha']) == pytest.approx(alpha)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from timm_aikd import autoload, patch
 from timm_aikd.run import AikdRun
 
-from .conftest import ROOT, SMALL_RUN, training_scripts
+from .conftest import ROOT, SMALL_RUN, training_scripts, unwatch_parsers
 
 # what the scripts and timm warn of is not ours to fail on
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -174,7 +174,7 @@ def drive(script: Path, words: list, monkeypatch, caplog, twin: Twin | None = No
             globals_ = module.__dict__
             module.main()
         finally:
-            autoload.unwatch_parsers()
+            unwatch_parsers()
             patch.restore(globals_)
             sys.excepthook, root.handlers[:] = hook, handlers
     return runs[0] if runs else None

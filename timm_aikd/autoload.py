@@ -15,8 +15,7 @@ from typing import Any
 # Options that timm's training scripts have had since 0.9 and that no other script of timm has all of.
 SIGNATURE = {'model', 'epochs', 'sched', 'opt', 'mixup', 'cutmix', 'smoothing', 'bce_loss', 'model_ema'}
 
-_original: Callable[..., Any] | None = None  # argparse's own method while ours stands in its place
-_armed = False
+_original: Callable[..., Any] | None = None  # what ours stands in the place of, once it does
 
 
 def arm() -> None:
@@ -30,20 +29,10 @@ def arm() -> None:
 
 def watch_parsers() -> None:
     """Wrap argparse; a second call is harmless."""
-    global _armed, _original
-    _armed = True
+    global _original
     if _original is None:
         _original = argparse.ArgumentParser.parse_known_args
         argparse.ArgumentParser.parse_known_args = _parse_known_args  # type: ignore[method-assign]
-
-
-def unwatch_parsers() -> None:
-    """Give argparse its own method back; where somebody has wrapped ours since, it only passes through."""
-    global _armed, _original
-    _armed = False
-    if _original is not None and argparse.ArgumentParser.parse_known_args is _parse_known_args:
-        argparse.ArgumentParser.parse_known_args = _original  # type: ignore[method-assign]
-        _original = None
 
 
 def _parse_known_args(
@@ -53,10 +42,10 @@ def _parse_known_args(
         *more: Any,
         **kwargs: Any,
 ) -> Any:
-    parse = _original or argparse.ArgumentParser.parse_known_args
+    assert _original is not None
     try:
-        script = _calling_globals() if _armed else {}
-        found = [x for x in {id(x): x for x in [*script.values(), self]}.values() if _armed and _is_training(x)]
+        script = _calling_globals()
+        found = [x for x in {id(x): x for x in [*script.values(), self]}.values() if _is_training(x)]
         if found:
             from . import patch
             for parser in found:
@@ -65,7 +54,7 @@ def _parse_known_args(
         found = []  # whatever is wrong with us, the program parses; it will say that it knows no --aikd
     if self in found:
         return self.parse_known_args(args, namespace, *more, **kwargs)
-    return parse(self, args, namespace, *more, **kwargs)
+    return _original(self, args, namespace, *more, **kwargs)
 
 
 def _calling_globals() -> dict[str, Any]:

