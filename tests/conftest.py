@@ -17,6 +17,7 @@ from .warm import run_warm
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'  # of all processes: sums in another order are other sums
 
 
 class TinyNet(nn.Module):
@@ -104,7 +105,7 @@ SMALL_RUN = (
 
 def run(*command, check: bool = True, timeout: float = 240, **env) -> subprocess.CompletedProcess:
     """Run Python with the arguments given, in the tests' environment changed by `env`; a value None unsets."""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **env}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), **env}
     environment = {name: value for name, value in environment.items() if value is not None}
     words = list(map(str, command))
     if not env and (words[:2] == ['-m', 'timm_aikd'] or Path(words[0]).parent == ROOT / 'examples'):

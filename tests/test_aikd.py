@@ -288,7 +288,7 @@ def test_state_restores_everything_and_reports_changed_options(tiny_net, tmp_pat
         for name, value in entry.items():
             assert torch.equal(value, theirs['optimizer']['state'][index][name])
 
-    new(alpha=0.5, temperature=3.).load_state(state)
+    new(alpha=0.6, temperature=3.).load_state(state)
     assert [message.split()[1] for message in caplog.messages] == ['aikd_alpha', 'aikd_temperature']
     with pytest.raises(AikdError, match='cannot be read'):
         new().load_state({**state, 'discriminator': {**state['discriminator'], 'weights': {}}})

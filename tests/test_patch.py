@@ -275,7 +275,7 @@ def test_an_epoch_through_the_seams():
             columns.append(list(metrics))
         assert columns[0] == columns[1] == ['loss'] + [f'aikd_{name}' for name in (
             'task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1', 'alpha', 'disc_skipped')]
-        assert metrics['aikd_alpha'] == pytest.approx(0.3 * 2 / 3) and task.aikd.epoch == 1
+        assert metrics['aikd_alpha'] == pytest.approx(parsed.aikd_alpha * 2 / 3) and task.aikd.epoch == 1
         evaluated = script.globals['validate'](task.trainable_module, batches(), nn.CrossEntropyLoss(), parsed)
         assert list(evaluated) == ['loss', 'ece', 'aurc']
 
@@ -380,7 +380,7 @@ def test_yaml_options_without_the_switch_are_reported(caplog):
     with Script() as script:
         script.parse()
         assert not caplog.messages
-        script.parser.set_defaults(aikd_alpha=0.5)
+        script.parser.set_defaults(aikd_alpha=0.6)
         script.parse()
     assert caplog.messages == ['AI-KD: aikd_alpha is set, but aikd is not: this is plain training']
 
