@@ -55,11 +55,11 @@ def test_inert_without_the_flag(train_script, image_folder, tmp_path):
 def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
     done = run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--model-ema'))
     log = done.stdout + done.stderr
-    assert 'AI-KD: teacher top-1' in log and 'T_c = ' in log and 'progressive (alpha to 0.5' in log
+    assert 'AI-KD: teacher top-1' in log and 'T_c = ' in log and 'progressive (alpha to 0.3' in log
     assert 'memory store, 36 samples with 3 of 3 log-probabilities' in log
     assert (tmp_path / 'student/aikd-memory-1.safetensors').is_file()
     rows = summary(tmp_path / 'student')
-    assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.5
+    assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.3
     for column in ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'disc_skipped', 'teacher_top1'):
         assert float(rows[1][f'train_aikd_{column}']) >= 0
     assert all(float(rows[1][name]) > 0 for name in ('eval_ece', 'eval_aurc'))

@@ -49,11 +49,11 @@ class AikdConfig:
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
-    # Error % at alpha 0.5 / 0.8, ResNet and ViT, n = 2 (full: 1), validation images of examples/results/accuracy.csv:
-    # small 19.0 / 19.1, 26.2 / 26.3; noisy 30.1 / 29.9, 28.3 / 28.6; underfit 16.6 / 16.8, 26.3 / 26.4;
-    # full 9.8 / 10.1, 17.2 / 17.7
+    # Error % at alpha 0.3 / 0.5 / 0.8, ResNet and ViT, n = 2 (full: 1), validation images of
+    # examples/results/accuracy.csv: small 19.0 / 19.0 / 19.1, 26.4 / 26.2 / 26.3; noisy 30.6 / 30.1 / 29.9,
+    # 28.5 / 28.3 / 28.6; underfit 16.4 / 16.6 / 16.8, 26.1 / 26.3 / 26.4; full 9.7 / 9.8 / 10.1, 17.0 / 17.2 / 17.7
     alpha: float = _option(
-        0.5, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
+        0.3, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
