@@ -31,13 +31,14 @@ def run_tests(python: str, wanted: tuple[str, ...], arguments: list[str], folder
     interpreter = shutil.which(f'python{python}')
     if interpreter is None:
         return [python, *[''] * len(SHOWN), f'error: no python{python} on PATH']
-    subprocess.run([interpreter, '-m', 'venv', folder], check=True)
     own = str(folder / 'bin' / 'python')
-    installed = subprocess.run(
+    for command in (
+        [interpreter, '-m', 'venv', folder],  # a shim of pyenv is on PATH for Pythons that it does not run, too
         [own, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', *wanted, '-e', f'{ROOT}[test]'],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if installed.returncode:
-        return [python, *[''] * len(SHOWN), f'error: {installed.stdout.strip().splitlines()[-1]}']
+    ):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            return [python, *[''] * len(SHOWN), f'error: {" ".join(done.stdout.split())[-200:]}']
     versions = subprocess.run(
         [own, '-c', 'import importlib.metadata as m, platform, sys; print(platform.python_version(), '
          '*map(m.version, sys.argv[1:]), sep="\\n")', *SHOWN], check=True, stdout=subprocess.PIPE, text=True)
