@@ -55,9 +55,12 @@ class AikdConfig:
     alpha: float = _option(
         0.3, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
+    # NLL at 2 / 4 with alpha 0.8, n = 2, validation images: small 0.566 / 0.564, 0.874 / 0.871
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
         low=0, open_low=True, metavar='T')
+    # Error % at 0 / 0.03 (with alpha 0.2) / 0.1, likewise: small 19.4 / 19.5 / 19.0, 26.3 / 25.9 / 26.4;
+    # noisy 30.9 / 30.9 / 30.6, 32.1 / 30.7 / 28.5; full 9.5 / 9.5 / 9.6, 16.6 / 16.5 / 17.0
     adv_weight: float = _option(
         0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
     adv_loss: str = _option('bce', 'adversarial loss', choices=ADV_LOSSES)
