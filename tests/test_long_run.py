@@ -22,9 +22,9 @@ from .test_interactions import drive
 pytestmark = pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='looks at itself in /proc')
 
 EPOCHS, EARLY, SAMPLES, CLASSES = 200, 50, 256, 1000
-# Of 150 epochs. The allocator splits and keeps freed pieces, up to 4.4 MB of them seen, but a copy of the table (0.5 MB)
-# or of D (0.3 MB) an epoch would be 40 MB or more; caches of Python and of torch take a little, less than one object or
-# 700 bytes an epoch.
+# Of 150 epochs. The allocator splits and keeps freed pieces, up to 4.4 MB of them seen, but a copy of the table
+# (0.5 MB) or of D (0.3 MB) an epoch would be 40 MB or more; caches of Python and of torch take a little, less than one
+# object or 700 bytes an epoch.
 SLACK = {'resident': 16_000_000, 'allocated': 100_000, 'objects': 100}
 
 
