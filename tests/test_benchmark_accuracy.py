@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def test_runs_resumes_and_reports(images, tmp_path):
     assert f'{statistics.mean(nll["ce"]):.3f} ± {statistics.stdev(nll["ce"]):.3f}' in report
     for picture in ('metrics', 'terms', 'reliability'):
         assert (tmp_path / f'results-test-small-resnet-{picture}.png').stat().st_size > 5000
+
+
+def test_the_tables_of_the_readme_are_those_of_the_runs(tmp_path):
+    """With today's defaults: a changed one has other digests, and its rows would be missing."""
+    for name in ('accuracy.csv', 'accuracy.jsonl'):
+        shutil.copy(ROOT / 'examples' / 'results' / name, tmp_path)
+    printed = run(SCRIPT, '--report', '--results', tmp_path / 'accuracy.csv').stdout
+    tables = [line for line in printed.splitlines() if line.startswith('|')]
+    assert set(tables) <= set((ROOT / 'examples' / 'results' / 'README.md').read_text().splitlines())
+    section = re.search(r'^## What it gains$.*?^## ', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)[0]
+    shown = [line for line in section.splitlines() if line.startswith('|')]
+    assert any(line.startswith('| aikd-store |') for line in shown) and set(shown) <= set(tables)
 
 
 @pytest.mark.slow

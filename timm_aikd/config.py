@@ -52,7 +52,7 @@ class AikdConfig:
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
-    # Error % at alpha 0.3 / 0.5 / 0.8, ResNet and ViT, n = 2 (full: 1), validation images of
+    # Error % at alpha 0.3 / 0.5 / 0.8, ResNet and ViT, n = 2 (full: seed 0), validation images of
     # examples/results/accuracy.csv: small 19.0 / 19.0 / 19.1, 26.4 / 26.2 / 26.3; noisy 30.6 / 30.1 / 29.9,
     # 28.5 / 28.3 / 28.6; underfit 16.4 / 16.6 / 16.8, 26.1 / 26.3 / 26.4; full 9.7 / 9.8 / 10.1, 17.0 / 17.2 / 17.7
     alpha: float = _option(
@@ -62,8 +62,8 @@ class AikdConfig:
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
         low=0, open_low=True, metavar='T')
-    # Error % at 0 / 0.03 (with alpha 0.2) / 0.1, likewise: small 19.4 / 19.5 / 19.0, 26.3 / 25.9 / 26.4;
-    # noisy 30.9 / 30.9 / 30.6, 32.1 / 30.7 / 28.5; full 9.5 / 9.5 / 9.6, 16.6 / 16.5 / 17.0
+    # Error % at 0 / 0.03 (with alpha 0.2) / 0.1, likewise (full: seed 0): small 19.4 / 19.5 / 19.0, 26.3 / 25.9 / 26.4;
+    # noisy 30.9 / 30.9 / 30.6, 32.1 / 30.7 / 28.5; full 9.6 / 9.5 / 9.7, 16.5 / 16.5 / 17.0
     adv_weight: float = _option(
         0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
     adv_loss: str = _option('bce', 'adversarial loss', choices=ADV_LOSSES)
