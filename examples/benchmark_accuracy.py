@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -345,6 +345,13 @@ def evaluation_batches(images: TensorDataset):
 
 # ------------------------------------------------------------ one run
 
+def create_aikd(student, criterion, teacher, config, epochs, samples) -> AikdTask:
+    task = AikdTask(student, criterion, teacher=teacher, config=config, epochs=epochs, verbose=False)
+    if task.aikd.memory is not None and config.memory == 'store':
+        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
+    return task
+
+
 def create_task(run: Run, images: dict[str, TensorDataset], samples: int, teacher_weights: Path | None) -> nn.Module:
     """What computes the loss of a run: its student, and all that regularises it."""
     method, teacher = find_method(run.method), None
@@ -354,12 +361,9 @@ def create_task(run: Run, images: dict[str, TensorDataset], samples: int, teache
     torch.manual_seed(run.seed)
     student = STUDENTS[run.student].create()
     criterion = LabelSmoothingCrossEntropy(method.smoothing) if method.smoothing else nn.CrossEntropyLoss()
-    if method.peer is not None:
-        return method.peer(student, criterion, teacher, run.config, run.epochs, samples)
-    task = AikdTask(student, criterion, teacher=teacher, config=run.config, epochs=run.epochs, verbose=False)
-    if task.aikd.memory is not None and run.config.memory == 'store':
-        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
-    if task.aikd.needs_temperature:
+    create = method.peer or create_aikd
+    task = create(student, criterion, teacher, run.config, run.epochs, samples)
+    if run.teacher and run.config.teacher_temperature == 'auto':
         pixels, labels = images['calibration'].tensors
         noise = REGIMES[run.regime].noise if method.noisy_calibration else 0.
         task.calibrate(evaluation_batches(TensorDataset(pixels, with_noise(labels, noise))))
@@ -414,12 +418,12 @@ COLUMNS = ('regime', 'student', 'method', 'seed', 'part', 'options', *NUMBERS, '
 
 
 def result_row(run: Run, part: str, metrics: dict, curves: dict, task: nn.Module) -> dict:
-    is_ours = isinstance(task, AikdTask)
-    accuracy = curves['disc_accuracy'] if is_ours and task.aikd.discriminator is not None else []
+    accuracy = curves['disc_accuracy'] if run.teacher and run.config.adv_weight > 0 else []
     return {
         'regime': run.regime, 'student': run.student, 'method': run.method, 'seed': run.seed, 'part': part,
         'options': json.dumps(find_method(run.method).options, sort_keys=True), **metrics,
-        'teacher_temperature': task.aikd.teacher.temperature if is_ours and run.teacher else math.nan,
+        'teacher_temperature': (
+            task.aikd.teacher.temperature if run.teacher and isinstance(task, AikdTask) else math.nan),
         'seconds_per_step': statistics.median(curves['seconds_per_step']),
         **dict(zip(DISC, [accuracy[0], accuracy[run.epochs // 2], accuracy[-1]] if accuracy else [math.nan] * 3,
                    strict=True)),
@@ -754,20 +758,22 @@ def quick(folder: Path) -> None:
     sys.exit(0 if ours < plain else 'error: AI-KD does not beat plain training')
 
 
-def main() -> None:
+def main(references: Sequence[str] = REFERENCES) -> None:
+    """With other references than its own the methods are trials, and the report has these too."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.quick:
         quick(args.data)
-    methods, references = args.methods, list(REFERENCES)
+    methods, references, are_trials = args.methods, list(references), tuple(references) != REFERENCES
     if args.sweep is not None:
         if args.override or args.part == 'test':
             parser.error('--sweep: not with --override, nor with --part test: options are not chosen on test images')
-        methods = sweep_names(args.base, args.sweep or list(GRID))
+        methods, are_trials = sweep_names(args.base, args.sweep or list(GRID)), True
         references = methods[:1]
     elif args.override:
-        methods = [f'custom:{json.dumps(options, sort_keys=True)}' for options in args.override]
-        methods += references if args.report else []
+        methods, are_trials = [f'custom:{json.dumps(options, sort_keys=True)}' for options in args.override], True
+    if args.report and are_trials:
+        methods += [name for name in references if name not in methods]
     part, runs = args.part or ('test' if args.sweep is None else 'validation'), select(args, methods)
     try:
         for run in runs:
@@ -777,7 +783,7 @@ def main() -> None:
     if args.report:
         if not args.results.is_file():
             parser.error(f'--results {args.results}: no such file')
-        report(runs, part, Results(args.results), references, are_trials=methods != args.methods)
+        report(runs, part, Results(args.results), references, are_trials)
     else:
         train_all(runs, part, args.data, Results(args.results))
 

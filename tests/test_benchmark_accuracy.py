@@ -13,6 +13,8 @@ from scipy.stats import ttest_rel
 from .conftest import ROOT, run
 
 SCRIPT = ROOT / 'examples' / 'benchmark_accuracy.py'
+PLAIN_SCRIPT = SCRIPT.with_name('benchmark_variants.py')
+VARIANTS = re.findall(r"^    '([\w.-]+)': Method\(", PLAIN_SCRIPT.read_text(), re.MULTILINE)
 FASHION = Path('/usr/share/datasets/fashion-mnist')
 BRIEF = ('--regimes', 'small', '--students', 'resnet', '--epochs-scale', '0.04')
 
@@ -52,6 +54,28 @@ def test_runs_resumes_and_reports(images, tmp_path):
     assert f'{statistics.mean(nll["ce"]):.3f} ± {statistics.stdev(nll["ce"]):.3f}' in report
     for picture in ('metrics', 'terms', 'reliability'):
         assert (tmp_path / f'results-test-small-resnet-{picture}.png').stat().st_size > 5000
+
+
+def test_written_plainly_it_trains_as_the_package_does(images, tmp_path):
+    nll = validation_nll(images, tmp_path / 'results.csv', 'plain')
+    assert nll['plain'] == pytest.approx(nll['aikd-store'], rel=1e-3)  # but for the store's float16
+
+
+@pytest.mark.slow
+def test_every_variant_changes_something(images, tmp_path):
+    nll = validation_nll(images, tmp_path / 'results.csv', *VARIANTS)
+    assert len(set(nll.values())) == len(nll) == len(VARIANTS) + 2
+
+
+def validation_nll(images, results, *variants):
+    """Of these, of `aikd-store` and of `ce`, after three epochs with wrong labels among the images."""
+    where = ('--data', images, '--results', results, *BRIEF, '--regimes', 'noisy', '--seeds', '0',
+             '--epochs-scale', '0.075', '--methods')
+    run(SCRIPT, *where, 'aikd-store')
+    run(PLAIN_SCRIPT, *where, *variants)
+    assert '| plain | 1 |' in run(PLAIN_SCRIPT, *where, *variants, '--report').stdout.partition('Minus ce')[2]
+    with open(results) as file:
+        return {row['method']: float(row['nll']) for row in csv.DictReader(file) if row['part'] == 'validation'}
 
 
 def test_the_tables_of_the_readme_are_those_of_the_runs(tmp_path):

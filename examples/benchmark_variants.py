@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Variants of AI-KD that were tried and are not in the package, on the footing of benchmark_accuracy.py.
+
+    python examples/benchmark_variants.py --regimes small noisy underfit --seeds 0 1          # whatever is missing
+    python examples/benchmark_variants.py --regimes small noisy underfit --seeds 0 1 --report
+
+`plain` is AI-KD with the package's defaults, its store memory written as a dense table; each of the others changes one
+thing of it. They are judged on validation images, and options are those of benchmark_accuracy.py.
+"""
+import copy
+
+import benchmark_accuracy as bench
+import torch
+import torch.nn.functional as F
+from benchmark_accuracy import CLASSES, STORE, Method
+from timm.task import ClassificationTask
+
+from timm_aikd.calibration import fit_temperature
+from timm_aikd.discriminator import Discriminator
+from timm_aikd.loss import alpha_at, kd_loss, progressive_loss
+
+
+class Plain(bench.Peer, ClassificationTask):
+    """AI-KD in plain code, for the others to override parts of; their names go into the digests of the runs."""
+
+    disc_width = CLASSES
+
+    def __init__(self, student, criterion, teacher, config, epochs, samples):
+        super().__init__(student, criterion, verbose=False)
+        self.config, self.epochs, self.teacher = config, epochs, teacher.eval().requires_grad_(False)
+        self.past = torch.zeros(samples, CLASSES)  # log-probabilities
+        self.discriminator = Discriminator(
+            self.disc_width, config.disc_hidden, 'logits', config.adv_loss, config.disc_opt, config.disc_lr,
+            config.seed)
+
+    def outputs(self, model, input):
+        """Logits, and the features that they are made of."""
+        features = model.forward_head(model.forward_features(input), pre_logits=True)
+        return model.get_classifier()(features), features
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        logits, labels = zip(*((self.teacher(input), target) for input, target in batches), strict=True)
+        self.teacher_temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
+
+    def begin_epoch(self, epoch):
+        super().begin_epoch(epoch)
+        self.disc_accuracy = []
+
+    def end_epoch(self):
+        return {'disc_accuracy': torch.stack(self.disc_accuracy).mean().item()}
+
+    def forward(self, input, target, index):
+        logits, features = self.outputs(self.trainable_module, input)
+        with torch.no_grad():
+            teacher_logits, teacher_features = self.outputs(self.teacher, input)
+            teacher_logits = teacher_logits / self.teacher_temperature
+        alpha = self.alpha()
+        loss = (1 - alpha) * self.task(logits, target, teacher_logits)
+        if alpha > 0:
+            loss = loss + alpha * progressive_loss(
+                logits, self.recall(input, index), self.config.progressive_temperature)
+        self.record(index, logits.detach().log_softmax(-1))
+        kd = self.kd(logits, teacher_logits, target)
+        loss = loss + self.kd_weight(logits, loss, kd) * kd
+        real, fake = (self.seen(*output, target)
+                      for output in ((teacher_logits, teacher_features), (logits, features)))
+        self.disc_accuracy.append(self.discriminator.update(real, fake)[1])
+        adv = self.discriminator.generator_loss(fake)
+        return {'loss': loss + self.adv_weight(logits, loss, adv) * adv}
+
+    # what the variants change
+
+    def alpha(self):
+        return alpha_at(self.epoch, self.epochs, self.config.alpha)
+
+    def task(self, logits, target, teacher_logits):
+        return self.criterion(logits, target)
+
+    def recall(self, input, index):
+        return self.past[index]
+
+    def record(self, index, log_probs):
+        self.past[index] = log_probs
+
+    def kd_weight(self, logits, rest, kd):
+        return self.config.kd_weight
+
+    def kd(self, logits, teacher_logits, target):
+        return kd_loss(logits, teacher_logits, self.config.temperature)
+
+    def seen(self, logits, features, target):
+        """What D sees of an output."""
+        return logits.log_softmax(-1)
+
+    def adv_weight(self, logits, rest, adv):
+        return self.config.adv_weight
+
+
+# ------------------------------------------------------------ schedules
+
+class AlphaConstant(Plain):
+    """alpha from epoch 1 on."""
+
+    def alpha(self):
+        return self.config.alpha if self.epoch > 0 else 0.
+
+
+class AlphaLate(Plain):
+    """The square of its linear growth."""
+
+    def alpha(self):
+        return alpha_at(self.epoch, self.epochs, 1.) ** 2 * self.config.alpha
+
+
+class KdFades(Plain):
+    """kd from twice its weight down to 0: that a teacher helps most at first (https://arxiv.org/abs/1910.01348)."""
+
+    def kd_weight(self, logits, rest, kd):
+        return 2 * self.config.kd_weight * (1 - self.epoch / self.epochs)
+
+
+class TemperatureFalls(Plain):
+    """kd's temperature from twice its own down to 1 (https://arxiv.org/abs/2104.07163 has such an annealing)."""
+
+    def kd(self, logits, teacher_logits, target):
+        share = self.epoch / max(self.epochs - 1, 1)
+        return kd_loss(logits, teacher_logits, (1 - share) * 2 * self.config.temperature + share)
+
+
+class AdvFades(Plain):
+    """adv from twice its weight down to 0."""
+
+    def adv_weight(self, logits, rest, adv):
+        return 2 * self.config.adv_weight * (1 - self.epoch / self.epochs)
+
+
+# ------------------------------------------------------------ weights
+
+def gradient_ratio(logits, rest, term):
+    """Length of the rest's gradient on the logits, as a multiple of that of the term."""
+    rest, term = (torch.autograd.grad(loss, logits, retain_graph=True)[0].norm() for loss in (rest, term))
+    return rest / term.clamp_min(1e-8)
+
+
+class AdvBalanced(Plain):
+    """adv_weight is the length of its gradient as a share of the rest's (as in https://arxiv.org/abs/2012.09841)."""
+
+    def adv_weight(self, logits, rest, adv):
+        return self.config.adv_weight * gradient_ratio(logits, rest, adv)
+
+
+class KdNormalised(Plain):
+    """kd with a gradient as long as that of task and progressive together."""
+
+    def kd_weight(self, logits, rest, kd):
+        return self.config.kd_weight * gradient_ratio(logits, rest, kd)
+
+
+class KdWhereRight(Plain):
+    """No kd where the teacher's first class is not the label."""
+
+    def kd(self, logits, teacher_logits, target):
+        right = (teacher_logits.argmax(-1) == target)[:, None]
+        return super().kd(logits, torch.where(right, teacher_logits, logits.detach()), target)
+
+
+class KdByConfidence(Plain):
+    """Each sample's kd in proportion to the calibrated teacher's confidence, 1 on average."""
+
+    def kd(self, logits, teacher_logits, target):
+        confidence = teacher_logits.softmax(-1).amax(-1)
+        student, teacher = ((x / self.config.temperature).log_softmax(-1) for x in (logits, teacher_logits))
+        each = F.kl_div(student, teacher, reduction='none', log_target=True).sum(-1)
+        return self.config.temperature ** 2 * (confidence / confidence.mean() * each).mean()
+
+
+class TaskByTeacher(Plain):
+    """Each sample's task loss in proportion to the label's probability over the largest, by the calibrated teacher."""
+
+    def task(self, logits, target, teacher_logits):
+        probs = teacher_logits.softmax(-1)
+        trust = probs.gather(-1, target[:, None])[:, 0] / probs.amax(-1)
+        return (trust * F.cross_entropy(logits, target, reduction='none')).mean()
+
+
+# ------------------------------------------------------------ memories
+
+class EmaWeights(Plain):
+    """Progressive targets from an average of the weights over about the last epoch."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.average, self.steps = None, 0
+
+    def forward(self, input, target, index):
+        self.steps += self.epoch == 0
+        result = super().forward(input, target, index)
+        if self.average is not None:
+            pairs = zip(self.average.state_dict().values(), self.trainable_module.state_dict().values(), strict=True)
+            for mean, value in pairs:
+                mean.lerp_(value, 1 / self.steps) if mean.is_floating_point() else mean.copy_(value)
+        return result
+
+    def begin_epoch(self, epoch):
+        super().begin_epoch(epoch)
+        if epoch == 1:
+            self.average = copy.deepcopy(self.trainable_module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def recall(self, input, index):
+        return self.average(input)
+
+
+class EmaPredictions(Plain):
+    """Progressive targets from an average of all past predictions (https://arxiv.org/abs/1610.02242)."""
+
+    def record(self, index, log_probs):
+        if self.epoch > 0:
+            log_probs = (0.6 * self.past[index].exp() + 0.4 * log_probs.exp()).log()
+        super().record(index, log_probs)
+
+
+# ------------------------------------------------------------ discriminators
+
+class DiscConditional(Plain):
+    """D also sees the label (https://arxiv.org/abs/1411.1784)."""
+
+    disc_width = 2 * CLASSES
+
+    def seen(self, logits, features, target):
+        return torch.cat([logits.log_softmax(-1), F.one_hot(target, CLASSES)], -1)
+
+
+class DiscFeatures(Plain):
+    """D sees the normalised features before the classifier instead."""
+
+    def __init__(self, student, *args):
+        self.disc_width = student.num_features
+        super().__init__(student, *args)
+
+    def seen(self, logits, features, target):
+        return F.layer_norm(features, features.shape[-1:])
+
+
+VARIANTS = {
+    'plain': Method(STORE, peer=Plain),
+    'alpha-constant': Method(STORE, peer=AlphaConstant),
+    'alpha-late': Method({**STORE, 'alpha': 0.8}, peer=AlphaLate),
+    'kd-fades': Method(STORE, peer=KdFades),
+    'temperature-falls': Method(STORE, peer=TemperatureFalls),
+    'adv-fades': Method(STORE, peer=AdvFades),
+    'adv-balanced-0.1': Method({**STORE, 'adv_weight': 0.1}, peer=AdvBalanced),
+    'adv-balanced-0.3': Method({**STORE, 'adv_weight': 0.3}, peer=AdvBalanced),
+    'kd-normalised': Method(STORE, peer=KdNormalised),
+    'kd-where-right': Method(STORE, peer=KdWhereRight),
+    'kd-by-confidence': Method(STORE, peer=KdByConfidence),
+    'task-by-teacher': Method(STORE, peer=TaskByTeacher),
+    'ema-weights': Method(STORE, peer=EmaWeights),
+    'ema-predictions': Method(STORE, peer=EmaPredictions),
+    'disc-conditional': Method(STORE, peer=DiscConditional),
+    'disc-features': Method(STORE, peer=DiscFeatures),
+}
+
+
+if __name__ == '__main__':
+    bench.METHODS.update(VARIANTS)
+    bench.parser.description = __doc__
+    bench.parser.set_defaults(methods=list(VARIANTS), part='validation')
+    bench.main(references=['plain', 'ce'])
