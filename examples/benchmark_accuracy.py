@@ -593,6 +593,24 @@ def print_summary(units: dict[tuple[str, str], dict[str, dict[int, dict]]], name
             for methods in units.values())] for name in names])
 
 
+def print_gaps(units: dict[tuple[str, str], dict[str, dict[int, dict]]], details: dict, part: str) -> None:
+    """Beside what AI-KD gains, how much better the teacher knows its training images than others."""
+    rows = []
+    for unit, methods in units.items():
+        ours, plain = methods.get('aikd-store', {}), methods.get('ce', {})
+        if ours and ours.keys() == plain.keys():
+            train = statistics.mean(
+                details[row['digest'], row['part']]['curves']['teacher_top1'][0] for row in ours.values())
+            other = 100 - statistics.mean(row['error'] for row in plain.values())
+            rows.append([', '.join(unit), str(len(ours)), f'{train:.1f}', f'{other:.1f}', f'{train - other:.1f}',
+                         spread([row['teacher_temperature'] for row in ours.values()], '.2f'),
+                         *(difference(ours, plain, metric) for metric in SUMMARY)])
+    print_table(
+        '## Teachers and gains\n\nTop-1 of the teachers (ce) on the training batches, with their labels, and on '
+        f'{part} images; the gap between the two; T_c; and aikd-store minus ce',
+        ['', 'n', 'training %', f'{part} %', 'gap', 'T_c', *(METRICS[metric][0] for metric in SUMMARY)], rows)
+
+
 def plot_summary(path: str, units: dict[tuple[str, str], dict[str, dict[int, dict]]], name: str) -> None:
     """Differences of a method from the references, with their 95 % intervals."""
     figure = Figure(figsize=(11, 5), layout='constrained')
@@ -678,6 +696,7 @@ def report(runs: list[Run], part: str, results: Results, references: list[str], 
             print(f'\nPlots: {stem}-*.png')
     print_summary(units, list(dict.fromkeys(run.method for run in runs if run.method in names)), references[0])
     if not are_trials:
+        print_gaps(units, results.details(), part)
         plot_summary(results.path.with_suffix('.png'), units, 'aikd-store')
         print(f'\nPlot: {results.path.with_suffix(".png")}')
     print('\nTrained on: ' + '; '.join(sorted(environments)))
