@@ -50,7 +50,12 @@ from tqdm import tqdm
 
 import timm_aikd
 from timm_aikd import AikdConfig, AikdError, AikdTask, RecordFormat, StoreMemory
-from timm_aikd.calibration import area_under_risk_coverage, expected_calibration_error, reliability_bins
+from timm_aikd.calibration import (
+    area_under_risk_coverage,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+)
 from timm_aikd.loss import ADV_LOSSES, DISC_INPUTS, top1
 from timm_aikd.plots import reliability_diagram
 
@@ -153,11 +158,34 @@ class PsKdReference(Peer, ClassificationTask):
         return {'loss': F.cross_entropy(output, blended)}
 
 
+class Scaled(nn.Module):
+    """A model with its logits divided by T_c."""
+
+    def __init__(self, model, temperature=1.):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, input):
+        return self.model(input) / self.temperature
+
+
+class TemperatureScaling(Peer, ClassificationTask):
+    """Nothing is trained: the student is the teacher, calibrated (https://arxiv.org/abs/1706.04599)."""
+
+    def __init__(self, student, criterion, teacher, config, epochs, samples):
+        super().__init__(Scaled(teacher.eval()), criterion, verbose=False)
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        logits, labels = zip(*((self.trainable_module(input), target) for input, target in batches), strict=True)
+        self.trainable_module.temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
+
+
 @dataclass(frozen=True)
 class Method:
     """How a student is trained: `options` other than the defaults, the method whose student (of the same seed) is the
-    teacher, label `smoothing` of the task loss, `epochs` as a multiple of the regime's, a `peer` in AikdTask's place,
-    and T_c fitted on labels as noisy as the regime's.
+    teacher, label `smoothing` of the task loss, `epochs` as a multiple of the regime's (0: not at all), a `peer` in
+    AikdTask's place, and T_c fitted on labels as noisy as the regime's.
     """
 
     options: dict
@@ -169,18 +197,19 @@ class Method:
 
 
 PLAIN = {'teacher': 'none', 'alpha': 0.}  # every term off
-SELF_KD = {  # as timm's script distills unless told otherwise
+KD = {  # as timm's script distills unless told otherwise
     'alpha': 0., 'adv_weight': 0., 'teacher_temperature': 1., 'kd_weight': 1., 'temperature': 4.}
 PSKD = {'teacher': 'none', 'alpha': 0.8, 'progressive_temperature': 1., 'memory': 'store'}
 STORE = {'memory': 'store'}
 
 METHODS = {
     'ce': Method(PLAIN),
+    'ce-ts': Method({**KD, 'teacher_temperature': 'auto'}, epochs=0, peer=TemperatureScaling),
     'ce-long': Method(PLAIN, epochs=2),  # what a teacher costs, spent on plain training
     'ls': Method(PLAIN, smoothing=0.1),
-    'kd': Method(SELF_KD),
-    'kd-tc': Method({**SELF_KD, 'teacher_temperature': 'auto'}),
-    'timm-kd': Method(SELF_KD, peer=TimmDistillation),
+    'kd': Method(KD),
+    'kd-tc': Method({**KD, 'teacher_temperature': 'auto'}),
+    'timm-kd': Method(KD, peer=TimmDistillation),
     'pskd': Method(PSKD),
     'pskd-ref': Method(PSKD, peer=PsKdReference),
     'aikd-store': Method(STORE),
@@ -193,7 +222,7 @@ METHODS = {
     'aikd-gen2': Method(STORE, teacher='aikd-store'),
     'aikd-noisy-tc': Method(STORE, noisy_calibration=True),
 }
-REFERENCES = ('ce', 'ce-long', 'ls', 'kd', 'pskd')  # what the others are compared with
+REFERENCES = ('ce', 'ce-ts', 'ce-long', 'ls', 'kd', 'pskd')  # what the others are compared with
 
 GRID = {  # values of a sweep, one option at a time
     'teacher_temperature': (1., 1.5, 2., 3., 'auto'),
@@ -372,12 +401,14 @@ def create_task(run: Run, images: dict[str, TensorDataset], samples: int, teache
 
 def train(task: nn.Module, run: Run, images: TensorDataset, bar: tqdm) -> dict[str, list[float]]:
     """Train the task's student; what the task says of each epoch, and the CPU seconds of its steps."""
+    curves = defaultdict(list)
+    if run.epochs == 0:
+        return curves
     regime, lr = REGIMES[run.regime], STUDENTS[run.student].lr
     steps = len(images) // regime.batch
     optimizer = create_optimizer_v2(task.get_trainable_module(), lr=lr, **OPTIMIZER)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, run.epochs * steps, pct_start=WARMUP, cycle_momentum=False)
-    curves = defaultdict(list)
     for epoch in range(run.epochs):
         task.begin_epoch(epoch)
         start = time.process_time()  # other processes disturb it least
@@ -424,7 +455,7 @@ def result_row(run: Run, part: str, metrics: dict, curves: dict, task: nn.Module
         'options': json.dumps(find_method(run.method).options, sort_keys=True), **metrics,
         'teacher_temperature': (
             task.aikd.teacher.temperature if run.teacher and isinstance(task, AikdTask) else math.nan),
-        'seconds_per_step': statistics.median(curves['seconds_per_step']),
+        'seconds_per_step': statistics.median(curves['seconds_per_step'] or [math.nan]),
         **dict(zip(DISC, [accuracy[0], accuracy[run.epochs // 2], accuracy[-1]] if accuracy else [math.nan] * 3,
                    strict=True)),
         'epochs': run.epochs, 'digest': run.digest,

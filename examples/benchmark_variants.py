@@ -4,8 +4,8 @@
     python examples/benchmark_variants.py --regimes small noisy underfit --seeds 0 1          # whatever is missing
     python examples/benchmark_variants.py --regimes small noisy underfit --seeds 0 1 --report
 
-`plain` is AI-KD with the package's defaults, its store memory written as a dense table; each of the others changes one
-thing of it. They are judged on validation images, and options are those of benchmark_accuracy.py.
+`plain` is AI-KD with the package's defaults, its store memory written as a dense table; each of the others changes a
+part of it. They are judged on validation images; the options are those of benchmark_accuracy.py.
 """
 import copy
 
@@ -107,14 +107,14 @@ class AlphaConstant(Plain):
 
 
 class AlphaLate(Plain):
-    """The square of its linear growth."""
+    """alpha by the square of its growth, late but far."""
 
     def alpha(self):
         return alpha_at(self.epoch, self.epochs, 1.) ** 2 * self.config.alpha
 
 
 class KdFades(Plain):
-    """kd from twice its weight down to 0: that a teacher helps most at first (https://arxiv.org/abs/1910.01348)."""
+    """kd from twice its weight to 0 after the last epoch: that a teacher helps most at first (https://arxiv.org/abs/1910.01348)."""
 
     def kd_weight(self, logits, rest, kd):
         return 2 * self.config.kd_weight * (1 - self.epoch / self.epochs)
@@ -129,7 +129,7 @@ class TemperatureFalls(Plain):
 
 
 class AdvFades(Plain):
-    """adv from twice its weight down to 0."""
+    """adv from twice its weight to 0 after the last epoch."""
 
     def adv_weight(self, logits, rest, adv):
         return 2 * self.config.adv_weight * (1 - self.epoch / self.epochs)

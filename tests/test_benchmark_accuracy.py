@@ -57,25 +57,27 @@ def test_runs_resumes_and_reports(images, tmp_path):
 
 
 def test_written_plainly_it_trains_as_the_package_does(images, tmp_path):
-    nll = validation_nll(images, tmp_path / 'results.csv', 'plain')
+    rows = validation_rows(images, tmp_path / 'results.csv', 'plain')
+    nll = {name: float(row['nll']) for name, row in rows.items()}
     assert nll['plain'] == pytest.approx(nll['aikd-store'], rel=1e-3)  # but for the store's float16
+    assert rows['ce-ts']['error'] == rows['ce']['error'] and nll['ce-ts'] < nll['ce']  # as calibration leaves it
 
 
 @pytest.mark.slow
 def test_every_variant_changes_something(images, tmp_path):
-    nll = validation_nll(images, tmp_path / 'results.csv', *VARIANTS)
-    assert len(set(nll.values())) == len(nll) == len(VARIANTS) + 2
+    rows = validation_rows(images, tmp_path / 'results.csv', *VARIANTS)
+    assert len({row['nll'] for row in rows.values()}) == len(rows) == len(VARIANTS) + 3
 
 
-def validation_nll(images, results, *variants):
-    """Of these, of `aikd-store` and of `ce`, after three epochs with wrong labels among the images."""
+def validation_rows(images, results, *variants):
+    """Of these, `aikd-store`, `ce` and `ce-ts`, after three epochs with wrong labels among the images."""
     where = ('--data', images, '--results', results, *BRIEF, '--regimes', 'noisy', '--seeds', '0',
              '--epochs-scale', '0.075', '--methods')
-    run(SCRIPT, *where, 'aikd-store')
+    run(SCRIPT, *where, 'aikd-store', 'ce-ts')
     run(PLAIN_SCRIPT, *where, *variants)
     assert '| plain | 1 |' in run(PLAIN_SCRIPT, *where, *variants, '--report').stdout.partition('Minus ce')[2]
     with open(results) as file:
-        return {row['method']: float(row['nll']) for row in csv.DictReader(file) if row['part'] == 'validation'}
+        return {row['method']: row for row in csv.DictReader(file) if row['part'] == 'validation'}
 
 
 def test_the_tables_of_the_readme_are_those_of_the_runs(tmp_path):
