@@ -199,16 +199,17 @@ class Method:
 PLAIN = {'teacher': 'none', 'alpha': 0.}  # every term off
 KD = {  # as timm's script distills unless told otherwise
     'alpha': 0., 'adv_weight': 0., 'teacher_temperature': 1., 'kd_weight': 1., 'temperature': 4.}
+KD_TC = {**KD, 'teacher_temperature': 'auto'}
 PSKD = {'teacher': 'none', 'alpha': 0.8, 'progressive_temperature': 1., 'memory': 'store'}
 STORE = {'memory': 'store'}
 
 METHODS = {
     'ce': Method(PLAIN),
-    'ce-ts': Method({**KD, 'teacher_temperature': 'auto'}, epochs=0, peer=TemperatureScaling),
+    'ce-ts': Method(KD_TC, epochs=0, peer=TemperatureScaling),
     'ce-long': Method(PLAIN, epochs=2),  # what a teacher costs, spent on plain training
     'ls': Method(PLAIN, smoothing=0.1),
     'kd': Method(KD),
-    'kd-tc': Method({**KD, 'teacher_temperature': 'auto'}),
+    'kd-tc': Method(KD_TC),
     'timm-kd': Method(KD, peer=TimmDistillation),
     'pskd': Method(PSKD),
     'pskd-ref': Method(PSKD, peer=PsKdReference),
@@ -220,6 +221,7 @@ METHODS = {
     'aikd-no-adv': Method({**STORE, 'adv_weight': 0.}),
     **{f'aikd-{loss}': Method({**STORE, 'adv_loss': loss}) for loss in ADV_LOSSES},
     'aikd-gen2': Method(STORE, teacher='aikd-store'),
+    'aikd-ts': Method(KD_TC, teacher='aikd-store', epochs=0, peer=TemperatureScaling),
     'aikd-noisy-tc': Method(STORE, noisy_calibration=True),
 }
 REFERENCES = ('ce', 'ce-ts', 'ce-long', 'ls', 'kd', 'pskd')  # what the others are compared with
