@@ -79,7 +79,7 @@ class AikdConfig:
         (256, 256), 'widths of the discriminator\'s hidden layers', type=int, low=1, high=65536, metavar='W')
     disc_opt: str = _option('adamw', 'optimizer of the discriminator, any first-order one of timm', metavar='NAME')
     # NLL at 1e-4 / 1e-3 / 1e-2, n = 2: noisy 1.001 / 0.998 / 0.997, 1.076 / 0.961 / 0.908; at 1e-3 / 1e-2 small
-    # 0.568 / 0.571, 0.876 / 0.867; underfit 0.433 / 0.438, 0.680 / 0.696: 1e-2 gains where D does and costs where D does
+    # 0.568 / 0.571, 0.876 / 0.867; underfit 0.433 / 0.438, 0.680 / 0.696: 1e-2 is a stronger D
     disc_lr: float = _option(1e-3, 'learning rate of the discriminator', low=0, open_low=True, metavar='LR')
     memory: str = _option(
         'auto', 'where the previous epoch\'s predictions come from; store: a table of each sample\'s prediction at its '
