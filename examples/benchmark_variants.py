@@ -260,6 +260,7 @@ VARIANTS = {
     'ema-predictions': Method(STORE, peer=EmaPredictions),
     'disc-conditional': Method(STORE, peer=DiscConditional),
     'disc-features': Method(STORE, peer=DiscFeatures),
+    'disc-features-0.02': Method({**STORE, 'adv_weight': 0.02}, peer=DiscFeatures),
 }
 
 
