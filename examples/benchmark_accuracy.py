@@ -158,6 +158,12 @@ class PsKdReference(Peer, ClassificationTask):
         return {'loss': F.cross_entropy(output, blended)}
 
 
+@torch.no_grad()
+def best_temperature(model: nn.Module, batches) -> float:
+    logits, labels = zip(*((model(input), target) for input, target in batches), strict=True)
+    return fit_temperature(torch.cat(logits), torch.cat(labels))
+
+
 class Scaled(nn.Module):
     """A model with its logits divided by T_c."""
 
@@ -175,10 +181,8 @@ class TemperatureScaling(Peer, ClassificationTask):
     def __init__(self, student, criterion, teacher, config, epochs, samples):
         super().__init__(Scaled(teacher.eval()), criterion, verbose=False)
 
-    @torch.no_grad()
     def calibrate(self, batches):
-        logits, labels = zip(*((self.trainable_module(input), target) for input, target in batches), strict=True)
-        self.trainable_module.temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
+        self.trainable_module.temperature = best_temperature(self.trainable_module, batches)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@
 `plain` is AI-KD with the package's defaults, its store memory written as a dense table; each of the others changes a
 part of it. They are judged on validation images; the options are those of benchmark_accuracy.py.
 """
-import copy
-
 import benchmark_accuracy as bench
 import torch
 import torch.nn.functional as F
 from benchmark_accuracy import CLASSES, STORE, Method
 from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
 
-from timm_aikd.calibration import fit_temperature
 from timm_aikd.discriminator import Discriminator
 from timm_aikd.loss import alpha_at, kd_loss, progressive_loss
 
@@ -38,10 +36,8 @@ class Plain(bench.Peer, ClassificationTask):
         features = model.forward_head(model.forward_features(input), pre_logits=True)
         return model.get_classifier()(features), features
 
-    @torch.no_grad()
     def calibrate(self, batches):
-        logits, labels = zip(*((self.teacher(input), target) for input, target in batches), strict=True)
-        self.teacher_temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
+        self.teacher_temperature = bench.best_temperature(self.teacher, batches)
 
     def begin_epoch(self, epoch):
         super().begin_epoch(epoch)
@@ -197,15 +193,13 @@ class EmaWeights(Plain):
         self.steps += self.epoch == 0
         result = super().forward(input, target, index)
         if self.average is not None:
-            pairs = zip(self.average.state_dict().values(), self.trainable_module.state_dict().values(), strict=True)
-            for mean, value in pairs:
-                mean.lerp_(value, 1 / self.steps) if mean.is_floating_point() else mean.copy_(value)
+            self.average.update(self.trainable_module)
         return result
 
     def begin_epoch(self, epoch):
         super().begin_epoch(epoch)
         if epoch == 1:
-            self.average = copy.deepcopy(self.trainable_module).eval().requires_grad_(False)
+            self.average = ModelEmaV3(self.trainable_module, decay=1 - 1 / self.steps)
 
     @torch.no_grad()
     def recall(self, input, index):
