@@ -1,4 +1,4 @@
-"""The Python API in a loop of one's own: scikit-learn's digits, a small MLP, half a minute.
+"""The Python API in your own training loop: scikit-learn's digits, a small MLP, half a minute.
 
     pip install 'timm-aikd[examples]'
     python examples/custom_loop.py
@@ -21,12 +21,13 @@ def mlp(seed: int) -> nn.Module:
 
 
 def fit(task: AikdTask, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
-    """Train a task's model; this is the loop."""
+    """Train the task's model and return it in eval mode. This is the loop."""
+    torch.manual_seed(0)  # the same batches for every task
     optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=3e-3)
     for epoch in range(EPOCHS):
         task.begin_epoch(epoch)
         for batch in torch.randperm(len(x)).split(32):
-            result = task(x[batch], y[batch], batch)  # a store memory has to know the samples
+            result = task(x[batch], y[batch], batch)  # the store needs the indices of the samples
             result['loss'].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -41,17 +42,17 @@ def main() -> None:
     train, rest = map(torch.tensor, train_test_split(range(len(y)), train_size=500, stratify=y, random_state=0))
     validation, test = rest[:300], rest[300:]
 
-    plain = AikdConfig(teacher='none', alpha=0)  # every term off: phase 1
-    phase1 = AikdTask(mlp(0), nn.CrossEntropyLoss(), config=plain, epochs=EPOCHS, verbose=False)
-    teacher = fit(phase1, x[train], y[train])
+    plain = AikdConfig(teacher='none', alpha=0)  # all terms off
+    teacher, baseline = (
+        fit(AikdTask(mlp(seed), nn.CrossEntropyLoss(), config=plain, epochs=EPOCHS), x[train], y[train])
+        for seed in (0, 1))
 
-    task = AikdTask(
-        mlp(1), nn.CrossEntropyLoss(), teacher=teacher, config=AikdConfig(), epochs=EPOCHS, verbose=False)
-    task.aikd.use_memory(StoreMemory(RecordFormat(10), len(train)))  # there is no loader that would tell
-    task.calibrate([(x[validation], y[validation])])  # T_c
+    task = AikdTask(mlp(1), nn.CrossEntropyLoss(), teacher=teacher, config=AikdConfig(), epochs=EPOCHS)
+    task.aikd.use_memory(StoreMemory(RecordFormat(10), len(train)))  # no loader tells which samples a batch holds
+    task.calibrate([(x[validation], y[validation])])  # fits T_c
     student = fit(task, x[train], y[train])
 
-    for name, model in (('teacher', teacher), ('student', student)):
+    for name, model in (('teacher', teacher), ('baseline', baseline), ('AI-KD', student)):  # the last two: seed 1
         logits = model(x[test])
         accuracy = (logits.argmax(-1) == y[test]).float().mean().item()
         print(f'{name}: top-1 {100 * accuracy:.1f} %, NLL {nn.functional.cross_entropy(logits, y[test]).item():.3f}')

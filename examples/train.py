@@ -9,8 +9,10 @@ with --config holds them with underscores. DATA has one folder for each split an
 whatever --dataset says. The output folder gets args.yaml, summary.csv and checkpoints, the best as model_best.pth.tar.
 """
 import argparse
+import difflib
 import logging
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from datetime import datetime
@@ -28,6 +30,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 
 _logger = logging.getLogger('train')
+OUTPUT = './output/train'
 
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with other defaults')
@@ -48,7 +51,8 @@ add = parser.add_argument_group('Model').add_argument
 add('--model', default='resnet50', metavar='NAME', help='architecture, as create_model knows it')
 add('--pretrained', **switch, help='start from the pretrained weights of that name')
 add('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
-add('--resume', default='', metavar='FILE', help='continue from this checkpoint of a run')
+add('--resume', default='', metavar='FILE', help='continue from this checkpoint of a run; auto: from the last one of '
+    '--experiment, if there is one')
 add('--num-classes', type=int, metavar='N', help='classes (default: the model\'s)')
 add('--gp', metavar='POOL', help='global pooling (default: the model\'s)')
 add('--img-size', type=int, metavar='N', help='image size (default: the model\'s)')
@@ -85,6 +89,7 @@ add('--lr-base-scale', default='', metavar='HOW', help='linear or sqrt (default:
 add('--sched', default='cosine', metavar='NAME', help='learning rate schedule')
 add('--sched-on-updates', **switch, help='step the schedule every update, not every epoch')
 add('--epochs', type=int, default=300, metavar='N', help='length of the schedule')
+add('--stop-epoch', type=int, metavar='N', help='stop after this many epochs, on the schedule of --epochs')
 add('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of rising learning rate')
 add('--warmup-lr', type=float, default=1e-5, metavar='LR', help='where it rises from')
 add('--warmup-prefix', **switch, help='add the warmup to --epochs')
@@ -130,13 +135,15 @@ add('--log-interval', type=int, default=50, metavar='N', help='updates between t
 add('--output', default='', metavar='DIR', help='holds the output folders (default: ./output/train)')
 add('--experiment', default='', metavar='NAME', help='the output folder (default: date, model and image size)')
 add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='keep milestone-N.pth.tar of these epochs, too')
+add('--val-interval', type=int, default=1, metavar='N', help='epochs from one validation and checkpoint to the next')
 add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what makes the best checkpoint')
 for action in parser._actions:
-    if action.default not in (None, '', {}, False, argparse.SUPPRESS):
+    if action.default not in (None, '', {}, [], False, argparse.SUPPRESS):
         action.help += ' (default: %(default)s)'
 
 
-def parse_args():
+def _parse_args():
     """The arguments, and their text for args.yaml."""
     path = config_parser.parse_known_args()[0].config
     if path:
@@ -145,19 +152,22 @@ def parse_args():
                 defaults = dict(yaml.safe_load(file) or {})
         except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
             parser.error(f'--config {path}: not a YAML file of keys and values')
-        unknown = defaults.keys() - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f'--config {path}: unknown key {", ".join(sorted(map(str, unknown)))}')
+        known = [action.dest for action in parser._actions]
+        for key in defaults.keys() - set(known):
+            close = difflib.get_close_matches(str(key), known, 1)
+            parser.error(f'--config {path}: unknown key {key}' + (f'; did you mean {close[0]}' if close else ''))
         parser.set_defaults(**defaults)
     args = parser.parse_args()
     if not (args.data_dir or args.dataset):
         parser.error('--data-dir is missing')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto: needs --experiment')
     return args, yaml.safe_dump(vars(args))
 
 
 def main():
     utils.setup_default_logging()
-    args, args_text = parse_args()
+    args, args_text = _parse_args()
     args.prefetcher = not args.no_prefetcher
     device = utils.init_distributed_device(args)
     primary = utils.is_primary(args)
@@ -186,15 +196,15 @@ def main():
         args.lr = scaled_lr(args)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
 
-    start_epoch = 0
-    if args.resume:
+    start_epoch, resume = 0, resumed_checkpoint(args)
+    if resume:
         start_epoch = resume_task_checkpoint(
-            task, args.resume, optimizer=optimizer, loss_scaler=loss_scaler, log_info=primary) or 0
+            task, resume, optimizer=optimizer, loss_scaler=loss_scaler, log_info=primary) or 0
     # The moving average is copied from a bare model, and compiled graphs know nothing of DDP: this order matters.
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        if args.resume:
-            load_task_ema_checkpoint(task, args.resume)
+        if resume:
+            load_task_ema_checkpoint(task, resume)
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
         task.compile_ema(backend=args.torchcompile)
@@ -211,6 +221,9 @@ def main():
         **scheduler_kwargs(args, decreasing_metric=eval_metric == 'loss'),
         updates_per_epoch=updates_per_epoch,
     )
+    stop_epoch = args.stop_epoch or num_epochs
+    if not 0 < stop_epoch <= num_epochs:
+        raise ValueError(f'--stop-epoch {stop_epoch}: allowed is 1 to the scheduled epochs, {num_epochs}')
     if lr_scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start_epoch * updates_per_epoch)
@@ -220,18 +233,23 @@ def main():
     saver = output_dir = None
     if primary:
         stamp = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{data_config["input_size"][-1]}'
-        output_dir = utils.get_outdir(args.output or './output/train', args.experiment or stamp)
+        output_dir = utils.get_outdir(args.output or OUTPUT, args.experiment or stamp)
+        summary = os.path.join(output_dir, 'summary.csv')
         saver = utils.CheckpointSaver(
             model, optimizer, args=args, amp_scaler=loss_scaler, checkpoint_dir=output_dir, recovery_dir=output_dir,
             decreasing=eval_metric == 'loss', max_history=args.checkpoint_hist, task=task)
+        if hasattr(utils, 'trim_summary'):  # timm 1.0.31
+            utils.trim_summary(summary, start_epoch)
+            if args.resume == 'auto' and resume:
+                saver.load_state_dict_from_checkpoint(resume)
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as file:
             file.write(args_text)
         _logger.info(
             f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.world_size} x {device}; '
-            f'{updates_per_epoch} updates an epoch, epochs {start_epoch} to {num_epochs - 1}, lr {args.lr:g}; '
+            f'{updates_per_epoch} updates an epoch, epochs {start_epoch} to {stop_epoch - 1}, lr {args.lr:g}; '
             f'writing to {output_dir}')
 
-    for epoch in range(start_epoch, num_epochs):
+    for epoch in range(start_epoch, stop_epoch):
         if hasattr(loader_train.dataset, 'set_epoch'):
             loader_train.dataset.set_epoch(epoch)
         elif args.distributed and hasattr(loader_train.sampler, 'set_epoch'):
@@ -239,26 +257,39 @@ def main():
         train_metrics = train_one_epoch(
             epoch, model, loader_train, optimizer, args, task=task, device=device, lr_scheduler=lr_scheduler,
             output_dir=output_dir, amp_autocast=amp_autocast, loss_scaler=loss_scaler, mixup_fn=mixup_fn)
-        eval_metrics = None
-        for suffix, eval_model in eval_models:  # the last one counts
-            if args.distributed:  # each process has BatchNorm statistics of its own
-                utils.distribute_bn(eval_model, args.world_size, reduce=True)
-            if loader_eval is not None:
-                eval_metrics = validate(
-                    eval_model, loader_eval, nn.CrossEntropyLoss(), args, device=device, amp_autocast=amp_autocast,
-                    log_suffix=suffix)
-        metric = (eval_metrics or train_metrics)[eval_metric]
-        if primary:
-            summary = os.path.join(output_dir, 'summary.csv')
-            utils.update_summary(
-                epoch, train_metrics, eval_metrics, summary, lr=mean_lr(optimizer),
-                write_header=epoch == 0 or not os.path.exists(summary))
-            best_metric, best_epoch = saver.save_checkpoint(epoch, metric)
-            _logger.info(f'Best {eval_metric} so far: {best_metric:.4f} (epoch {best_epoch})')
+        completed, metric = epoch + 1, None
+        if completed % args.val_interval == 0 or completed == stop_epoch or completed in args.save_epochs:
+            eval_metrics = None
+            for suffix, eval_model in eval_models:  # the last one counts
+                if args.distributed:  # each process has BatchNorm statistics of its own
+                    utils.distribute_bn(eval_model, args.world_size, reduce=True)
+                if loader_eval is not None:
+                    eval_metrics = validate(
+                        eval_model, loader_eval, nn.CrossEntropyLoss(), args, task=task, device=device,
+                        amp_autocast=amp_autocast, log_suffix=suffix)
+            metric = (eval_metrics or train_metrics)[eval_metric]
+            if primary:
+                utils.update_summary(
+                    epoch, train_metrics, eval_metrics, summary, lr=mean_lr(optimizer),
+                    write_header=not os.path.exists(summary) or os.path.getsize(summary) == 0)
+                best_metric, best_epoch = saver.save_checkpoint(epoch, metric)
+                if completed in args.save_epochs:
+                    shutil.copyfile(
+                        os.path.join(output_dir, 'last.pth.tar'),
+                        os.path.join(output_dir, f'milestone-{completed}.pth.tar'))
+                _logger.info(f'Best {eval_metric} so far: {best_metric:.4f} (epoch {best_epoch})')
         if lr_scheduler is not None:
-            lr_scheduler.step(epoch + 1, metric)
+            lr_scheduler.step(completed, metric)
     if args.distributed:
         torch.distributed.destroy_process_group()
+
+
+def resumed_checkpoint(args):
+    """The checkpoint to continue from; empty for a fresh run."""
+    if args.resume != 'auto':
+        return args.resume
+    last = os.path.join(args.output or OUTPUT, args.experiment, 'last.pth.tar')
+    return last if os.path.isfile(last) else ''
 
 
 def build_model(args):
@@ -415,12 +446,16 @@ def validate(
         loader,
         loss_fn,
         args,
+        task,
         device,
         amp_autocast=nullcontext,
         log_suffix='',
 ):
-    """Loss, top-1 and top-5 over the samples of all processes."""
+    """Metrics of the task's evaluator; in timm before 1.0.31, which has none, loss, top-1 and top-5."""
     model.eval()
+    evaluator = None
+    if hasattr(task, 'create_evaluator'):
+        evaluator = task.create_evaluator(max_samples=getattr(loader.sampler, 'num_valid_samples', None))
     totals = torch.zeros(4, device=device)  # loss, top-1, top-5, samples
     for input, target in loader:
         if not args.prefetcher:
@@ -430,15 +465,21 @@ def validate(
         with amp_autocast():
             output = model(input)
             output = output[0] if isinstance(output, (tuple, list)) else output
-            loss = loss_fn(output, target)
+        if evaluator is not None:
+            evaluator.update(output, target)
+            continue
         top1, top5 = utils.accuracy(output, target, topk=(1, 5))
-        totals += len(target) * torch.stack([loss, top1, top5, torch.ones_like(loss)])
-    if args.distributed:
-        torch.distributed.all_reduce(totals)
-    loss, top1, top5 = (totals[:3] / totals[3]).tolist()
+        totals += len(target) * torch.stack([loss_fn(output, target), top1, top5, torch.ones_like(top1)])
+    if evaluator is not None:
+        metrics = evaluator.compute(distributed=args.distributed)
+    else:
+        if args.distributed:
+            torch.distributed.all_reduce(totals)
+        metrics = dict(zip(('loss', 'top1', 'top5'), (totals[:3] / totals[3]).tolist(), strict=True))
     if utils.is_primary(args):
-        _logger.info(f'Validation{log_suffix}: loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}')
-    return {'loss': loss, 'top1': top1, 'top5': top5}
+        shown = '  '.join(f'{name} {value:.3f}' for name, value in metrics.items())
+        _logger.info(f'Validation{log_suffix}: {shown}')
+    return metrics
 
 
 if __name__ == '__main__':

@@ -10,6 +10,8 @@ from timm.loss import BinaryCrossEntropy
 
 from timm_aikd import Aikd, AikdConfig, AikdError
 
+from .support import oracle
+
 CONFIG = AikdConfig(
     teacher='given', teacher_temperature=1.5, kd_weight=0.7, temperature=3., alpha=0.6, progressive_temperature=2.,
     adv_weight=0.2, adv_warmup=2, disc_hidden=(8,), disc_lr=0.01)
@@ -24,35 +26,28 @@ class Twin:
         self.disc_optimizer = torch.optim.AdamW(mlp.parameters(), lr=CONFIG.disc_lr, weight_decay=0.)
         self.past = None
 
-    def soft(self, z, target_logits, tau, kl):
+    def soft(self, z, target_logits, tau):
         if self.binary:
-            return tau ** 2 * F.binary_cross_entropy(torch.sigmoid(z / tau), torch.sigmoid(target_logits / tau))
-        p, log_q = torch.softmax(target_logits / tau, -1), torch.log_softmax(z / tau, -1)
-        cross = -(p * log_q).sum(-1).mean()
-        return tau ** 2 * (cross + (p * p.log()).sum(-1).mean() if kl else cross)
+            return oracle.binary_kl(target_logits, z, tau, sum_classes=False).mean().float()
+        return oracle.kl(target_logits, z, tau).mean().float()
 
     def score(self, z):
-        log_probs = torch.log(torch.sigmoid(z)) if self.binary else torch.log_softmax(z, -1)
-        return torch.sigmoid(self.mlp(log_probs)).squeeze(-1)
+        return self.mlp(oracle.disc_input(z, self.binary).float()).squeeze(-1)
 
     def loss(self, epoch, x, z, y):
         z_t = self.teacher(x).detach() / CONFIG.teacher_temperature
-        d_loss = -torch.log(self.score(z_t)).mean() - torch.log(1 - self.score(z.detach())).mean()
+        d_loss = oracle.disc_loss(self.score(z_t), self.score(z.detach())).mean().float()
         self.disc_optimizer.zero_grad()
         d_loss.backward()
         self.disc_optimizer.step()
-        adv = -torch.log(self.score(z)).mean()
-        kd = self.soft(z, z_t, CONFIG.temperature, kl=True)
-        alpha = CONFIG.alpha * (epoch + 1) / EPOCHS if self.past is not None else 0.
-        progressive = torch.zeros(())
+        parts = {
+            'task': self.criterion(z, y), 'progressive': torch.zeros(()),
+            'kd': self.soft(z, z_t, CONFIG.temperature), 'adv': oracle.adv_loss(self.score(z)).mean().float()}
         if self.past is not None:
-            progressive = self.soft(z, self.past(x).detach(), CONFIG.progressive_temperature, kl=False)
-        task = self.criterion(z, y)
-        return (
-            (1 - alpha) * task + alpha * progressive + CONFIG.kd_weight * kd
-            + CONFIG.adv_weight * min(epoch / CONFIG.adv_warmup, 1) * adv,
-            dict(task=task, progressive=progressive, kd=kd, adv=adv, disc=d_loss),
-        )
+            parts['progressive'] = self.soft(z, self.past(x).detach(), CONFIG.progressive_temperature)
+        alpha = oracle.alpha_at(epoch, EPOCHS, CONFIG.alpha)
+        adv_weight = CONFIG.adv_weight * oracle.ramp(epoch, CONFIG.adv_warmup)
+        return oracle.total(parts, alpha, CONFIG.kd_weight, adv_weight), {**parts, 'disc': d_loss}
 
 
 @pytest.mark.parametrize('binary', [False, True])
@@ -266,8 +261,10 @@ def test_what_cannot_work_is_refused(arguments, message):
 
 
 def test_state_restores_everything_and_reports_changed_options(tiny_net, tmp_path, caplog):
+    teacher = tiny_net()
+
     def new(**options):
-        return Aikd(5, tiny_net(), AikdConfig(teacher='given', **options), epochs=4)
+        return Aikd(5, copy.deepcopy(teacher), AikdConfig(teacher='given', **options), epochs=4)
 
     aikd, student = new(), tiny_net()
     aikd.fit_teacher_temperature([batch(1, 64)])
@@ -294,14 +291,17 @@ def test_state_restores_everything_and_reports_changed_options(tiny_net, tmp_pat
         new().load_state({**state, 'discriminator': {**state['discriminator'], 'weights': {}}})
     with pytest.raises(AikdError, match='version 99'):
         new().load_state({**state, 'version': 99})
+    with pytest.raises(AikdError, match='weights of teacher .* under another path'):
+        Aikd(5, tiny_net(), AikdConfig(teacher='given'), epochs=4).load_state(state)
+    Aikd(5, tiny_net(), AikdConfig(teacher='another'), epochs=4).load_state(state)
 
 
 @pytest.mark.parametrize('options', [
     dict(disc_opt='lion'), dict(disc_hidden=(3,)), dict(adv_loss='wgan'), dict(disc_input='probs')], ids=str)
 def test_another_discriminator_starts_fresh_and_says_so(tiny_net, caplog, options):
-    config = dict(teacher='given', teacher_temperature=1., alpha=0)
-    old = Aikd(5, tiny_net(), AikdConfig(**config), epochs=4)
-    new, fresh = (Aikd(5, tiny_net(), AikdConfig(**config, **options), epochs=4) for _ in range(2))
+    config, teacher = dict(teacher='given', teacher_temperature=1., alpha=0), tiny_net()
+    old = Aikd(5, teacher, AikdConfig(**config), epochs=4)
+    new, fresh = (Aikd(5, teacher, AikdConfig(**config, **options), epochs=4) for _ in range(2))
     old.begin_epoch(0, student := tiny_net())
     step(old, student, *batch())
     new.load_state(old.get_state())
@@ -312,8 +312,11 @@ def test_another_discriminator_starts_fresh_and_says_so(tiny_net, caplog, option
 
 
 def test_changed_numbers_hold_after_a_resume(tiny_net):
+    teacher = tiny_net()
+
     def new(**options):
-        return Aikd(5, tiny_net(), AikdConfig(**{'teacher': 'given', 'alpha': 0, **options}), epochs=4)
+        config = AikdConfig(**{'teacher': 'given', 'alpha': 0, **options})
+        return Aikd(5, copy.deepcopy(teacher), config, epochs=4)
 
     fixed = new(teacher_temperature=3., disc_lr=0.01)
     auto = new(disc_lr=0.002)
@@ -336,3 +339,12 @@ def test_chance_level_of_the_metrics(tiny_net):
     metrics = aikd.end_epoch()
     assert metrics['disc_accuracy'] == pytest.approx(0.5) and metrics['kd'] == pytest.approx(0, abs=1e-6)
     assert metrics['disc'] == pytest.approx(2 * math.log(2), abs=0.3)
+
+
+def test_options_without_effect_on_a_module_are_told(tiny_net, caplog):
+    Aikd(5, tiny_net(), AikdConfig(teacher='given', teacher_dtype='bfloat16', teacher_size=64), epochs=2)
+    told = [message for message in caplog.messages if 'has no effect' in message]
+    assert ['`teacher_dtype` bfloat16' in told[0], '`teacher_size` 64' in told[1], len(told)] == [True, True, 2]
+    caplog.clear()
+    Aikd(5, tiny_net(), AikdConfig(teacher='given'), epochs=2)
+    assert not caplog.messages

@@ -2,7 +2,6 @@
 import csv
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from scipy.stats import ttest_rel
 
 from .conftest import ROOT, run
 
-SCRIPT = ROOT / 'examples' / 'benchmark_accuracy.py'
-PLAIN_SCRIPT = SCRIPT.with_name('benchmark_variants.py')
+SCRIPT = ROOT / 'examples' / 'benchmarks' / 'accuracy.py'
+PLAIN_SCRIPT = SCRIPT.with_name('variants.py')
 VARIANTS = re.findall(r"^    '([\w.-]+)': Method\(", PLAIN_SCRIPT.read_text(), re.MULTILINE)
 FASHION = Path('/usr/share/datasets/fashion-mnist')
 BRIEF = ('--regimes', 'small', '--students', 'resnet', '--epochs-scale', '0.04')
@@ -36,7 +35,7 @@ def images(tmp_path_factory):
 def test_runs_resumes_and_reports(images, tmp_path):
     results = tmp_path / 'results.csv'
     where = ('--data', images, '--results', results, *BRIEF)
-    run(SCRIPT, *where, '--methods', 'ce', 'aikd-store', '--seeds', '0', '--shard', '1/1')
+    run(SCRIPT, *where, '--methods', 'ce', 'aikd-store', '--seeds', '0')
     first = results.read_bytes()
     done = run(SCRIPT, *where, '--methods', 'ce', 'aikd-store', '--seeds', '0', '1')
     assert results.read_bytes().startswith(first)  # what is there is kept, and not done again
@@ -46,14 +45,66 @@ def test_runs_resumes_and_reports(images, tmp_path):
     assert sorted((row['method'], row['seed']) for row in rows) == [
         ('aikd-store', '0'), ('aikd-store', '1'), ('ce', '0'), ('ce', '1')]
 
-    report = run(SCRIPT, *where, '--report', '--seeds', '0', '1').stdout
+    picture = tmp_path / 'gains.png'
+    report = run(SCRIPT, *where, '--report', '--seeds', '0', '1', '--picture', picture).stdout
     nll = {name: [float(row['nll']) for row in rows if row['method'] == name] for name in ('ce', 'aikd-store')}
     low, high = ttest_rel(nll['aikd-store'], nll['ce']).confidence_interval(0.95)
     row = next(line for line in report.partition('Minus ce')[2].splitlines() if line.startswith('| aikd-store | 2 | '))
     assert f'{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}' in row
     assert f'{statistics.mean(nll["ce"]):.3f} ± {statistics.stdev(nll["ce"]):.3f}' in report
-    for picture in ('metrics', 'terms', 'reliability'):
-        assert (tmp_path / f'results-test-small-resnet-{picture}.png').stat().st_size > 5000
+    scaled = {row['seed']: row for row in rows if row['method'] == 'ce'}  # plain training knows its scaled metrics
+    change = [float(row['nll_scaled']) - float(scaled[row['seed']]['nll_scaled']) for row in rows
+              if row['method'] == 'aikd-store']
+    gains = next(line for line in report.splitlines() if line.startswith('| from scratch | right | ResNet |'))
+    assert f'{statistics.mean(change):+.3f} ± ' in gains and 'n = 2' in gains
+    assert picture.stat().st_size > 5000
+
+
+@pytest.fixture(scope='module')
+def known():
+    """Digests of some runs by method and seed, and the methods that the command line selects by default."""
+    code = """if True:
+        import json, sys
+        sys.path.insert(0, sys.argv.pop())
+        import accuracy
+        digests = {name: [accuracy.Run('fine-tune-noisy', 'lite0', name, seed).digest for seed in range(2)]
+                   for name in ('ce', 'disc-features-0.03', 'aikd-store')}
+        chosen = {regime: sorted({run.method for run in accuracy.select(accuracy.parser.parse_args(
+            ['--regimes', regime, '--seeds', '0']), None)}) for regime in ('small', 'fine-tune')}
+        print(json.dumps([digests, chosen]))"""
+    return json.loads(run('-c', code, SCRIPT.parent).stdout)
+
+
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_the_best_epoch_and_several_files(known, tmp_path, seeds):
+    """Rows as the benchmark writes them, one method a file; the second file has no column of scaled metrics."""
+    runs = {'ce': (20., 0.8, 0.7), 'disc-features-0.03': (16., 0.6, 0.55), 'aikd-store': (18., 0.7, 0.65)}
+    paths = []
+    for method, (error, nll, scaled) in runs.items():
+        paths.append(tmp_path / f'{method}.csv')
+        digests = known[0][method]
+        with open(paths[-1], 'w') as file:
+            file.write('method,part,digest,seconds_per_step,error,nll,ece,aurc,environment,teacher_temperature'
+                       + (',nll_scaled,ece_scaled' if method != 'aikd-store' else '') + '\n')
+            for seed in range(seeds):
+                for part, better in (('test', 0), ('test-best', 1)):
+                    file.write(f'{method},{part},{digests[seed]},0.1,{error - better + seed},{nll},5,60,here,nan'
+                               + (f',{scaled + seed / 10},1' if method != 'aikd-store' else '') + '\n')
+    report = run(SCRIPT, '--report', '--results', *paths, '--regimes', 'fine-tune-noisy').stdout
+    gains = [line for line in report.splitlines() if line.startswith('| fine-tuning |')]
+    assert gains[0].count('not measured yet') == 3
+    interval = ' ± 0.00' if seeds == 2 else ''
+    assert f'-4.00{interval}' in gains[1] and f'n = {seeds}' in gains[1]  # no interval of one seed
+    assert gains[1].count('not measured yet') == 1  # AI-KD, whose file lacks the scaled metrics
+    best = report.partition('each at its best epoch')[2]
+    assert f'| disc-features-0.03 | {seeds} | {15. + (seeds - 1) / 2:.2f}' in best
+
+
+def test_by_default_a_regime_gets_the_methods_that_are_meant_for_it(known):
+    chosen = {regime: set(names) for regime, names in known[1].items()}
+    assert {'ce', 'ce-ts', 'aikd-gen2'} < chosen['small']
+    assert {'ce', 'mixup', 'disc-features-0.03'} < chosen['fine-tune']
+    assert not chosen['small'] & {'disc-features-0.03', 'mixup'}
 
 
 def test_written_plainly_it_trains_as_the_package_does(images, tmp_path):
@@ -74,45 +125,29 @@ def validation_rows(images, results, *variants):
     where = ('--data', images, '--results', results, *BRIEF, '--regimes', 'noisy', '--seeds', '0',
              '--epochs-scale', '0.075', '--methods')
     run(SCRIPT, *where, 'aikd-store', 'ce-ts')
-    run(PLAIN_SCRIPT, *where, *variants)
+    run(PLAIN_SCRIPT, *where, *variants, timeout=900)
     assert '| plain | 1 |' in run(PLAIN_SCRIPT, *where, *variants, '--report').stdout.partition('Minus ce')[2]
     with open(results) as file:
         return {row['method']: row for row in csv.DictReader(file) if row['part'] == 'validation'}
 
 
-def test_the_tables_of_the_readme_are_those_of_the_runs(tmp_path):
-    """With today's defaults: a changed one has other digests, and its rows would be missing."""
-    for name in ('accuracy.csv', 'accuracy.jsonl'):
-        shutil.copy(ROOT / 'examples' / 'results' / name, tmp_path)
-    printed = run(SCRIPT, '--report', '--results', tmp_path / 'accuracy.csv').stdout
-    tables = [line for line in printed.splitlines() if line.startswith('|')]
-    assert set(tables) <= set((ROOT / 'examples' / 'results' / 'README.md').read_text().splitlines())
-    section = re.search(r'^## What it gains$.*?^## ', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)[0]
-    shown = [line for line in section.splitlines() if line.startswith('|')]
-    assert any(line.startswith('| aikd-store |') for line in shown) and set(shown) <= set(tables)
-
-
 @pytest.mark.slow
-def test_a_sweep_never_sees_the_test_images(images, tmp_path):
-    where = ('--data', images, '--results', tmp_path / 'sweep.csv', *BRIEF, '--seeds', '0')
-    run(SCRIPT, *where, '--sweep', 'adv_weight', '--base', '{"alpha": 0.5}')
-    with open(tmp_path / 'sweep.csv') as file:
-        rows = list(csv.DictReader(file))
-    tried = [json.loads(row['options']) for row in rows if row['method'].startswith('sweep')]
-    assert {row['part'] for row in rows if row['method'] != 'ce'} == {'validation'}
-    assert all(options['alpha'] == 0.5 for options in tried)
-    assert {options.get('adv_weight') for options in tried} >= {0., 0.01, 0.3}
-    report = run(SCRIPT, *where, '--sweep', 'adv_weight', '--base', '{"alpha": 0.5}', '--report').stdout
-    assert '"adv_weight": 0.3' in report
-    done = run(SCRIPT, *where, '--sweep', '--part', 'test', check=False)
-    assert done.returncode == 2 and 'options are not chosen on test images' in done.stderr
+def test_other_options_are_judged_on_validation_images_alone(images, tmp_path):
+    where = ('--data', images, '--results', tmp_path / 'trials.csv', *BRIEF, '--seeds', '0')
+    overrides = ('--override', '{"adv_weight": 0.3, "alpha": 0.5}', '{"alpha": 0.5}')
+    run(SCRIPT, *where, *overrides)
+    with open(tmp_path / 'trials.csv') as file:
+        rows = [row for row in csv.DictReader(file) if row['method'] != 'ce']
+    assert {row['part'] for row in rows} == {'validation'}
+    assert [json.loads(row['options']).get('adv_weight') for row in rows] == [0.3, None]
+    assert '"adv_weight": 0.3' in run(SCRIPT, *where, *overrides, '--report').stdout
 
 
 @pytest.mark.parametrize('arguments, text', [
     (('--data', 'nowhere'), r'no train-images-idx3-ubyte\[.gz\] in nowhere: apt install dataset-fashion-mnist'),
     (('--report', '--results', 'nowhere.csv'), 'nowhere.csv: no such file'),
-    (('--override', '{"alpha": 2}'), '--aikd-alpha 2: allowed is'),
-    (('--shard', '3/2'), '--shard'),
+    (('--override', '{"alpha": 2}'), '`alpha` 2: allowed is'),
+    (('--override', '{"beta": 2}'), 'beta'),
 ])
 def test_bad_input(tmp_path, arguments, text):
     done = run(SCRIPT, *BRIEF, '--results', tmp_path / 'x.csv', *arguments, check=False)
@@ -121,5 +156,12 @@ def test_bad_input(tmp_path, arguments, text):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason='NOT run: apt install dataset-fashion-mnist')
-def test_quick():
-    assert 'NLL of plain training' in run(SCRIPT, '--quick').stdout
+def test_on_the_real_images_the_nll_falls(tmp_path):
+    results = tmp_path / 'results.csv'
+    run(SCRIPT, '--regimes', 'small', '--students', 'resnet', '--methods', 'ce', 'aikd-store', '--seeds', '0', '1',
+        '--epochs-scale', '0.5', '--results', results)
+    with open(results) as file:
+        rows = [row for row in csv.DictReader(file) if row['part'] == 'test']
+    plain, ours = (statistics.mean(float(row['nll']) for row in rows if row['method'] == name)
+                   for name in ('ce', 'aikd-store'))
+    assert ours < plain

@@ -8,6 +8,7 @@ import pytest
 
 import timm_aikd
 from timm_aikd import AikdConfig, AikdError
+from timm_aikd.script.options import add_arguments, config_of
 
 from .conftest import ROOT
 
@@ -19,16 +20,16 @@ GOOD = [
     {'disc_hidden': 16, 'teacher_temperature': 'auto', 'teacher_dtype': 'bfloat16', 'memory': 'snapshot'},
 ]
 BAD = [
-    ({'kd_weight': -0.1}, '--aikd-kd-weight -0.1: allowed is number >= 0'),
+    ({'kd_weight': -0.1}, '`kd_weight` -0.1: allowed is number >= 0'),
     ({'kd_weight': float('inf')}, 'numbers must be finite'),
     ({'kd_weight': float('nan')}, 'numbers must be finite'),
-    ({'kd_weight': '1'}, "--aikd-kd-weight '1'"),
-    ({'kd_weight': True}, '--aikd-kd-weight True'),
-    ({'kd_weight': None}, '--aikd-kd-weight None'),
+    ({'kd_weight': '1'}, "`kd_weight` '1'"),
+    ({'kd_weight': True}, '`kd_weight` True'),
+    ({'kd_weight': None}, '`kd_weight` None'),
     ({'temperature': 0}, 'number > 0'),
     ({'temperature': -2.}, 'number > 0'),
     ({'alpha': 1.01}, 'number >= 0 and <= 1'),
-    ({'alpha': [0.5]}, '--aikd-alpha'),
+    ({'alpha': [0.5]}, '`alpha`'),
     ({'progressive_temperature': 0.}, 'number > 0'),
     ({'teacher_temperature': 0}, 'number > 0, or auto'),
     ({'teacher_temperature': 'best'}, 'number > 0, or auto'),
@@ -39,15 +40,15 @@ BAD = [
     ({'disc_hidden': [0]}, 'whole number >= 1'),
     ({'disc_hidden': [16, 1.5]}, 'whole number >= 1'),
     ({'disc_hidden': 'wide'}, 'whole number >= 1'),
-    ({'disc_opt': ''}, '--aikd-disc-opt'),
-    ({'disc_opt': None}, '--aikd-disc-opt'),
+    ({'disc_opt': ''}, '`disc_opt`'),
+    ({'disc_opt': None}, '`disc_opt`'),
     ({'disc_lr': 0}, 'number > 0'),
     ({'memory': 'disk'}, 'auto, store, snapshot'),
     ({'seed': -1}, 'whole number >= 0'),
     ({'seed': 1.5}, 'whole number >= 0'),
     ({'teacher_dtype': 'int8'}, 'auto, float32, bfloat16, float16'),
-    ({'teacher': 3}, '--aikd-teacher 3'),
-    ({'teacher': ''}, '--aikd-teacher'),
+    ({'teacher': 3}, '`teacher` 3'),
+    ({'teacher': ''}, '`teacher`'),
 ]
 
 
@@ -56,13 +57,13 @@ def test_good_options_survive_the_checkpoint_and_the_command_line(options):
     config = AikdConfig(**options)
     assert AikdConfig(**config.to_dict()) == config
     parser = argparse.ArgumentParser()
-    AikdConfig.add_arguments(parser)
+    add_arguments(parser)
     words = ['--aikd']
     for name, value in config.to_dict().items():
         if value is not None:
             words += ['--aikd-' + name.replace('_', '-'), *map(str, value if isinstance(value, list) else [value])]
     args = parser.parse_args(words)
-    assert args.aikd and AikdConfig.from_args(args) == config
+    assert args.aikd and config_of(args) == config
 
 
 @pytest.mark.parametrize('options, message', BAD, ids=str)
@@ -75,22 +76,18 @@ def test_bad_options_are_refused_in_one_line(options, message):
 def test_yaml_values_reach_the_options_as_the_flags_do():
     """PyYAML reads 1e-3 as text; argparse converts defaults that are text."""
     parser = argparse.ArgumentParser()
-    AikdConfig.add_arguments(parser)
+    add_arguments(parser)
     parser.set_defaults(aikd=True, aikd_disc_lr='1e-3', aikd_disc_hidden=[8], aikd_alpha=0)
-    config = AikdConfig.from_args(parser.parse_args([]))
+    config = config_of(parser.parse_args([]))
     assert (config.disc_lr, config.disc_hidden, config.alpha) == (0.001, (8,), 0)
 
 
 def test_every_option_says_what_it_is():
     parser = argparse.ArgumentParser()
-    AikdConfig.add_arguments(parser)
+    add_arguments(parser)
     for action in parser._actions[2:]:
         assert len(action.help) > 10, action.dest
     assert {action.dest for action in parser._actions[2:]} == {f'aikd_{field.name}' for field in fields(AikdConfig)}
-
-
-def test_readme_has_the_options_table():
-    assert AikdConfig.options_table() in (ROOT / 'README.md').read_text()
 
 
 def test_teacher_none_switches_the_teachers_terms_off():

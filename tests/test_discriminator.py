@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm_aikd import Discriminator
 from timm_aikd.loss import ADV_LOSSES
 
-from .distributed import spawn
+from .support.distributed import spawn
 
 
 def outputs(seed=0, batch=16, classes=5):

@@ -1,4 +1,4 @@
-"""Each term against its formula, derived again with sums, exponentials and logarithms."""
+"""Each term against the oracle, which derives it from exponentials and logarithms, and against other methods."""
 import math
 
 import pytest
@@ -7,11 +7,7 @@ import torch.nn.functional as F
 
 from timm_aikd import loss as L
 
-
-def distribution(logits, temperature=1.):
-    """Softmax by hand, in float64."""
-    exponentials = torch.exp(logits.double() / temperature)
-    return exponentials / exponentials.sum(-1, keepdim=True)
+from .support import oracle
 
 
 @pytest.fixture
@@ -20,51 +16,55 @@ def batch():
     return torch.randn(6, 5) * 3, torch.randn(6, 5) * 3
 
 
+@pytest.mark.parametrize('tau', [0.5, 1., 4.])
+def test_the_oracle_has_the_divergences_of_torch(batch, tau):
+    z, soft = (tensor.double() for tensor in batch)
+    categorical, bernoulli = (
+        torch.distributions.kl_divergence(kind(logits=soft / tau), kind(logits=z / tau))
+        for kind in (torch.distributions.Categorical, torch.distributions.Bernoulli))
+    torch.testing.assert_close(oracle.kl(soft, z, tau), tau ** 2 * categorical)
+    torch.testing.assert_close(oracle.binary_kl(soft, z, tau, sum_classes=True), tau ** 2 * bernoulli.sum(-1))
+    torch.testing.assert_close(oracle.binary_kl(soft, z, tau, sum_classes=False), tau ** 2 * bernoulli.mean(-1))
+
+
 @pytest.mark.parametrize('temperature', [0.5, 1., 4.])
-def test_kd_is_scaled_kl_divergence(batch, temperature):
-    z, z_teacher = batch
-    p, q = distribution(z_teacher, temperature), distribution(z, temperature)
-    expected = temperature ** 2 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(L.kd_loss(z, z_teacher, temperature), expected.float())
-    assert L.kd_loss(z, z, temperature).abs() < 1e-6
-
-
-@pytest.mark.parametrize('temperature', [1., 4.])
-def test_progressive_is_scaled_cross_entropy(batch, temperature):
-    z, past = batch
-    expected = -temperature ** 2 * (
-        distribution(past, temperature) * distribution(z, temperature).log()).sum(-1).mean()
-    torch.testing.assert_close(L.progressive_loss(z, past, temperature), expected.float())
+def test_soft_loss_is_scaled_kl_divergence(batch, temperature):
+    z, soft = batch
+    expected = oracle.kl(soft, z, temperature).mean()
+    torch.testing.assert_close(L.soft_loss(z, soft, temperature), expected.float())
     # log q and logits differ by a constant a sample, which must not matter
-    torch.testing.assert_close(L.progressive_loss(z, past.log_softmax(-1), temperature), expected.float())
+    torch.testing.assert_close(L.soft_loss(z, soft.log_softmax(-1), temperature), expected.float())
+    assert L.soft_loss(z, z, temperature).abs() < 1e-6
 
 
-def test_progressive_blend_is_the_blended_target_of_ps_kd(batch):
-    z, past = batch
+def test_progressive_blend_has_the_gradient_of_ps_kd(batch):
+    z, past = batch[0].requires_grad_(), batch[1]
     alpha, target = 0.3, torch.tensor([0, 1, 2, 3, 4, 0])
     blended = (1 - alpha) * F.one_hot(target, 5) + alpha * past.softmax(-1)
-    ours = (1 - alpha) * F.cross_entropy(z, target) + alpha * L.progressive_loss(z, past, 1.)
-    torch.testing.assert_close(ours, F.cross_entropy(z, blended))
+    ours = (1 - alpha) * F.cross_entropy(z, target) + alpha * L.soft_loss(z, past, 1.)
+    ours, theirs = (torch.autograd.grad(loss, z)[0] for loss in (ours, F.cross_entropy(z, blended)))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize('sum_classes', [False, True])
-def test_binary_term_is_cross_entropy_of_each_class(batch, sum_classes):
+def test_binary_term_is_the_kl_divergence_of_each_class(batch, sum_classes):
     z, soft = batch
     tau = 2.
-    p, q = (1 / (1 + torch.exp(-x.double() / tau)) for x in (soft, z))
-    each = -(p * q.log() + (1 - p) * (1 - q).log())
-    expected = tau ** 2 * (each.sum(-1).mean() if sum_classes else each.mean())
+    expected = oracle.binary_kl(soft, z, tau, sum_classes).mean()
     torch.testing.assert_close(L.binary_soft_loss(z, soft, tau, sum_classes), expected.float())
+    assert L.binary_soft_loss(z, z, tau, sum_classes).abs() < 1e-6
 
 
-def test_binary_term_at_temperature_1_is_the_criterion_of_timm():
+def test_binary_term_at_temperature_1_has_the_gradient_of_the_criterion_of_timm():
     from timm.loss import BinaryCrossEntropy
 
     torch.manual_seed(0)
-    z, soft = torch.randn(4, 3), torch.randn(4, 3)
+    z, soft = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
     for sum_classes in (False, True):
         criterion = BinaryCrossEntropy(smoothing=0., sum_classes=sum_classes)
-        torch.testing.assert_close(L.binary_soft_loss(z, soft, 1., sum_classes), criterion(z, soft.sigmoid()))
+        losses = L.binary_soft_loss(z, soft, 1., sum_classes), criterion(z, soft.sigmoid())
+        ours, theirs = (torch.autograd.grad(loss, z)[0] for loss in losses)
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_alpha_grows_to_its_final_value():
@@ -113,8 +113,11 @@ def test_gradient_penalty_looks_between_the_two():
 @pytest.mark.parametrize('binary', [False, True])
 def test_output_vector(batch, kind, binary):
     z = batch[0]
-    probs = 1 / (1 + torch.exp(-z.double())) if binary else distribution(z)
-    expected = {'probs': probs, 'log-probs': probs.log(), 'logits': z.double()}[kind]
+    log_probs = oracle.disc_input(z, binary)
+    centred = z.double() - z.double().mean(-1, keepdim=True)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = {
+        'probs': log_probs.exp(), 'log-probs': log_probs, 'logits': z.double(), 'features': normalised}[kind]
     torch.testing.assert_close(L.output_vector(z, kind, binary), expected.float())
 
 
@@ -134,7 +137,7 @@ def test_pairwise_accuracy_counts_ties_as_half():
 
 def test_terms_are_float32_and_finite_for_half_precision_logits():
     z = torch.tensor([[60000., -60000.], [3., 1.]], dtype=torch.float16)
-    for value in (L.kd_loss(z, -z, 4.), L.progressive_loss(z, -z, 4.), L.binary_soft_loss(z, -z, 4., True)):
+    for value in (L.soft_loss(z, -z, 4.), L.binary_soft_loss(z, -z, 4., True)):
         assert value.dtype == torch.float32 and value.isfinite()
 
 

@@ -1,4 +1,5 @@
-"""The README's commands, as they are written there, on a small data set; its Python, and that of the docstrings."""
+"""README and guides: commands and Python run as written, on a small data set; tables and links are right."""
+import copy
 import os
 import re
 import shutil
@@ -19,12 +20,13 @@ import timm_aikd
 from timm_aikd import AikdConfig, AikdTask
 
 from .conftest import ROOT
-from .hub import HubServer
+from .support.hub import HubServer
+from .support.readme import PAGES, TABLES, with_table
 
 README = (ROOT / 'README.md').read_text()
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
 ELSEWHERE = {  # commands that are not run here, and what runs them
     'pip install timm-aikd': 'no release yet',
-    "pip install 'timm-aikd[plots]'": 'no release yet',
     "pip install '.[examples]' && python examples/quickstart.py": 'test_examples, shorter',
     "pip install -e '.[test]' && python -m pytest": '.ci/run',
 }
@@ -33,12 +35,14 @@ SMALL = ('--device cpu --input-size 3 32 32 --epochs 1 --warmup-epochs 0 -b 19 -
          '--checkpoint-hist 1')
 
 
-def commands(language: str) -> list[str]:
-    """What the README's blocks of a language hold: shell commands without comments, or the blocks as they are."""
-    blocks = re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
-    if language != 'bash':
-        return blocks
-    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+def blocks(language: str) -> list[str]:
+    return [block for text in TEXTS.values()
+            for block in re.findall(rf'^```{language}\n(.*?)^```', text, re.MULTILINE | re.DOTALL)]
+
+
+def commands() -> list[str]:
+    """The shell commands, without comments."""
+    lines = '\n'.join(blocks('bash')).replace('\\\n', ' ').splitlines()
     return [line for line in (re.sub(r'(^|\s+)#.*', '', line) for line in lines) if line]
 
 
@@ -69,7 +73,7 @@ def write_teacher(folder: Path) -> None:
 
 
 def test_commands_that_are_run_elsewhere_are_still_there():
-    assert set(ELSEWHERE) <= set(commands('bash'))
+    assert set(ELSEWHERE) <= set(commands())
 
 
 def test_commands(tmp_path):
@@ -86,7 +90,7 @@ def test_commands(tmp_path):
             'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}', 'OMP_NUM_THREADS': '1',
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
         known, ran = {name: value for name, value in environment.items() if value is not None}, {}
-        for command in commands('bash'):
+        for command in commands():
             if command not in ELSEWHERE:
                 done = subprocess.run(
                     command, shell=True, cwd=tmp_path, env=known, capture_output=True, text=True, timeout=600)
@@ -102,26 +106,95 @@ def test_commands(tmp_path):
         assert 'train_aikd_kd' in summary.read_text().splitlines()[0]
 
 
-DOCSTRINGS = [AikdTask.__doc__]
-
-
-@pytest.mark.parametrize('example', [
-    *commands('python'),
-    *(textwrap.dedent(block) for text in DOCSTRINGS for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL)),
-], ids=lambda text: text.split('\n')[0])
-def test_python_examples(example, tiny_net, monkeypatch):
-    """They run as they are, with a loader and modules that a reader would have; only the teacher is not downloaded."""
+@pytest.fixture
+def names(tiny_net, monkeypatch):
+    """What a reader would have around the Python examples; only the teacher is not downloaded."""
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(24, 4), torch.arange(24) % 5)
     loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
-    model, steps = tiny_net(), []
-    names = {
+    model, teacher = tiny_net(), tiny_net()
+    monkeypatch.setattr(timm_aikd, 'load_teacher', lambda spec, student: copy.deepcopy(teacher))
+    return {
         'model': model, 'criterion': nn.CrossEntropyLoss(), 'loader': loader, 'validation_batches': loader,
         'optimizer': torch.optim.SGD(model.parameters(), lr=0.1), 'AikdTask': AikdTask,
-        'load_teacher': lambda spec, student: tiny_net()}
-    monkeypatch.setattr(timm_aikd, 'load_teacher', names['load_teacher'])
-    hook = model.register_forward_hook(lambda *_: steps.append(1) if model.training else None)
-    exec(example.replace('epochs=90', 'epochs=3').replace('range(90)', 'range(3)'), names)
+        'load_teacher': timm_aikd.load_teacher}
+
+
+def run_example(text: str, names: dict, epochs: int) -> int:
+    """The example for so many of three epochs; how many steps it took."""
+    steps = []
+    hook = names['model'].register_forward_hook(lambda *_: steps.append(1) if names['model'].training else None)
+    exec(re.sub(r'range\((start, )?90\)', rf'range(\g<1>{epochs})', text.replace('epochs=90', 'epochs=3')), names)
     hook.remove()
-    assert len(steps) == 9 and isinstance(names['task'].aikd.config, AikdConfig)
+    return len(steps)
+
+
+def test_the_loop_of_the_readme_resumes(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('out').mkdir()
+    loop, = blocks('python')
+    assert run_example(loop, names, epochs=2) == 6
+    first = names['task']
+    assert run_example(loop, names, epochs=3) == 3
+    assert names['task'] is not first and names['metrics']['alpha'] == pytest.approx(AikdConfig().alpha)
+    assert names['metrics']['progressive'] != names['metrics']['task']  # the store's table is back
+
+
+@pytest.mark.parametrize('example', re.findall(r'```python\n(.*?)```', AikdTask.__doc__, re.DOTALL))
+def test_python_in_docstrings(example, names):
+    assert run_example(textwrap.dedent(example), names, epochs=3) == 9
     assert names['metrics']['alpha'] == pytest.approx(names['task'].aikd.config.alpha)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_no_page_has_an_em_dash():
+    assert [name for name, text in TEXTS.items() if '\N{EM DASH}' in text] == []
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_tables_are_those_of_the_code(name):
+    """Else write them again: python -m tests.support.readme"""
+    path, table = TABLES[name]
+    assert with_table(path.read_text(), name, table()) == path.read_text()
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r'^#+ (.*)', re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', TEXTS)
+def test_links_lead_somewhere(page):
+    links = re.findall(r'\]\(([^)\s]+)\)', TEXTS[page].replace('\n', ' '))
+    for link in links:
+        target, _, anchor = link.partition('#')
+        if target.startswith('https://'):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+
+
+def test_every_guide_is_linked():
+    for name in TEXTS:
+        assert name == 'README.md' or f'({name}' in README, name
+
+
+def test_the_options_that_matter_have_their_defaults():
+    section = re.search(r'^## The options that matter\n(.*?)^## ', README, re.DOTALL | re.MULTILINE)[1]
+    shown = dict(re.findall(r'^\| `--aikd-([\w-]+)` \| (\S*) ?\|', section, re.MULTILINE))
+    assert len(shown) == 8
+    defaults = AikdConfig().to_dict()
+    for name, default in shown.items():
+        value = defaults[name.replace('-', '_')]
+        assert default == ('' if value is None else str(value)), name
+
+
+def test_every_flag_in_a_page_exists():
+    known = {f'--aikd-{name.replace("_", "-")}' for name in AikdConfig().to_dict()}
+    for name, text in TEXTS.items():
+        assert set(re.findall(r'--aikd-[\w-]+', text)) <= known, name

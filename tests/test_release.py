@@ -12,7 +12,8 @@ from timm_aikd import __version__
 
 from .conftest import ROOT
 
-PACKAGE = {f'timm_aikd/{path.name}' for path in (ROOT / 'timm_aikd').iterdir() if path.suffix in ('.py', '.typed')}
+PACKAGE = {
+    path.relative_to(ROOT).as_posix() for path in (ROOT / 'timm_aikd').rglob('*') if path.suffix in ('.py', '.typed')}
 METADATA = f'timm_aikd-{__version__}.dist-info'
 
 
@@ -37,7 +38,7 @@ def test_the_wheel_is_the_package_alone(distributions):
     assert needed == {'torch', 'timm', 'safetensors', 'huggingface-hub', 'tqdm'}
     assert metadata['License-Expression'] == 'Apache-2.0' and metadata['Requires-Python'] == '>=3.10'
     assert metadata.get_payload() == (ROOT / 'README.md').read_text()
-    assert 'timm_aikd = timm_aikd.autoload:arm' in entry_points
+    assert 'timm_aikd = timm_aikd.script.autoload:arm' in entry_points
 
 
 def test_the_sdist_is_the_clone(distributions):

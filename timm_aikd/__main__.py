@@ -1,11 +1,12 @@
 """The console script `timm-aikd`, and `python -m timm_aikd train.py ...`."""
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable
 
-from . import AikdError, __version__
-from .launch import run_script
+from . import __version__
+from .errors import AikdError, one_line, with_flags
+from .script.launch import run_script
 
 USAGE = """usage: timm-aikd COMMAND ...
 
@@ -28,30 +29,32 @@ Run a timm training script (train.py) as Python does, with AI-KD's options avail
 Plain `python train.py --aikd ...` does the same unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 or TIMM_AIKD_AUTOLOAD=0 is set.
 `timm-aikd run train.py --help` lists the options of both, AI-KD's in a group of their own.
 """
+FLAGS = {'teacher_model': '--model-name'}  # of the commands, for what the library calls otherwise
 
 
 def main() -> None:
     """Do what the command line says."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ('-h', '--help'):
-        print(USAGE, end='')
-        sys.exit(0 if arguments else 2)
+    _show_help(USAGE, arguments)
     command, *rest = arguments
     if command == '--version':
         print(f'timm-aikd {__version__}')
-    elif command == 'evaluate':
-        _evaluate(rest)
-    elif command == 'push':
-        _push(rest)
+    elif command in ('evaluate', 'push'):
+        _do(command, rest)
     elif command == 'run':
-        if not rest or rest[0] in ('-h', '--help'):
-            print(RUN_USAGE, end='')
-            sys.exit(0 if rest else 2)
+        _show_help(RUN_USAGE, rest)
         _run(*rest)
     elif os.path.exists(command):
         _run(*arguments)
     else:
         sys.exit(f'timm-aikd: {command} is neither a command (run, evaluate, push) nor the path of a script')
+
+
+def _show_help(usage: str, arguments: list[str]) -> None:
+    """End with the usage, where it is asked for or there is nothing to do."""
+    if not arguments or arguments[0] in ('-h', '--help'):
+        print(usage, end='')
+        sys.exit(0 if arguments else 2)
 
 
 def _run(path: str, *arguments: str) -> None:
@@ -62,41 +65,35 @@ def _run(path: str, *arguments: str) -> None:
     run_script(path, list(arguments))
 
 
-def _evaluate(arguments: list[str]) -> None:
-    from . import evaluate
-
-    _do(evaluate.evaluate, evaluate.add_arguments, arguments, argparse.ArgumentParser(
-        prog='timm-aikd evaluate',
-        description='Top-1, top-5, negative log-likelihood (NLL), expected calibration error (ECE) and area under the '
-        'risk-coverage curve (AURC) of models on a labelled data set: one row each, and their reliability diagrams. A '
-        'model is fed as it was trained or recommends; its classes are matched with those of the data by name.',
-        epilog='example: timm-aikd evaluate out/phase1 out/phase2 hf-hub:timm/resnet50.a1_in1k DATA'))
-
-
-def _push(arguments: list[str]) -> None:
-    from . import publish
-
-    _do(publish.push, publish.add_arguments, arguments, argparse.ArgumentParser(
-        prog='timm-aikd push',
-        description='Publish the best model of a finished run: its weights (safetensors), its timm config with class '
-        'names and normalisation, and a model card with results, recipe, teacher and curves. What is written is loaded '
-        'again and compared before anything is uploaded. Log in before with `hf auth login` or HF_TOKEN.',
-        epilog='example: timm-aikd push out/phase2 me/resnet50-flowers --license apache-2.0'))
-
-
-def _do(
-        command: Callable[[argparse.Namespace], None],
-        add_arguments: Callable[[argparse.ArgumentParser], None],
-        arguments: list[str],
-        parser: argparse.ArgumentParser,
-) -> None:
-    add_arguments(parser)
+def _do(command: str, arguments: list[str]) -> None:
+    """Run the module of that name in `commands`: its `add_arguments`, and its function of the same name."""
+    module = importlib.import_module(f'.commands.{command}', __package__)
+    parser = argparse.ArgumentParser(
+        prog=f'timm-aikd {command}', description=module.DESCRIPTION, epilog=f'example: {module.EXAMPLE}')
+    module.add_arguments(parser)
+    parser.add_argument(
+        '--import', action='append', default=[], dest='imports', metavar='MODULE',
+        help='Python module to import first, which registers models of your own; may be given again')
+    args = parser.parse_args(arguments)
     try:
-        command(parser.parse_args(arguments))
+        _import(args.imports)
+        getattr(module, command)(args)
     except AikdError as error:
         if os.environ.get('TIMM_AIKD_TRACEBACK') == '1':
             raise
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {with_flags(str(error), FLAGS)}')
+
+
+def _import(names: list[str]) -> None:
+    if names:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, and a console script does not
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of the user's code
+            raise AikdError(
+                f'--import {name}: cannot be imported ({type(error).__name__}: {one_line(error)}): name a module of '
+                f'this folder or of an installed package, such as my_models for my_models.py') from error
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Temperature scaling and calibration metrics, on whole data sets of predictions."""
+"""Temperature scaling and calibration metrics of a data set's predictions, in float64 on the CPU."""
 import math
 
 import torch
@@ -47,7 +47,7 @@ def reliability_bins(
         correct: Whether the predicted class is the label [N].
         bins: Number of bins.
     """
-    confidence, correct = confidence.double(), correct.double()
+    confidence, correct = confidence.cpu().double(), correct.cpu().double()
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
     zeros = confidence.new_zeros(bins)
     count = zeros.index_add(0, index, torch.ones_like(confidence))
@@ -70,8 +70,8 @@ def area_under_risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) ->
 
     The order among equally confident samples is undefined, so the error is averaged over their orders.
     """
-    confidence, order = confidence.double().sort(descending=True)
-    wrong = 1 - correct.double()[order]
+    confidence, order = confidence.cpu().double().sort(descending=True)
+    wrong = 1 - correct.cpu().double()[order]
     _, group, size = torch.unique_consecutive(confidence, return_inverse=True, return_counts=True)
     share = torch.zeros(len(size), dtype=wrong.dtype, device=wrong.device).index_add(0, group, wrong) / size
     errors: torch.Tensor = share[group].cumsum(0)

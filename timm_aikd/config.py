@@ -1,17 +1,15 @@
-"""Every option once: its flag, YAML key, checkpoint entry and row in the README's table come from here."""
-import argparse
+"""Every option once: its flag, YAML key, checkpoint entry and row in the table of options come from here."""
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from . import AikdError
+from .errors import AikdError
 from .loss import ADV_LOSSES, DISC_INPUTS
 
 
 def _option(default: Any, help: str, **rule: Any) -> Any:
-    """A field with its help text and what `_check` needs: type, low, high, open_low, choices, word, metavar."""
+    """A field with its help text and its rule: type, low, high, open_low, choices, word, metavar, several."""
     rule.setdefault('type', type(default))
     return field(default=default, metadata={'help': help, **rule})
 
@@ -26,23 +24,19 @@ class AikdConfig:
         AikdError: An option is out of its range or of the wrong type.
     """
 
-    teacher: str | None = _option(
+    teacher: str | tuple[str, ...] | None = _option(
         None, 'the frozen pre-trained model: hf-hub:ORG/NAME[@REVISION], local-dir:PATH, a weights file, the output '
-        'folder of a run (its model_best), a timm model name, or none (kd and adversarial terms off)',
-        type=str, metavar='SPEC')
+        'folder of a run (its model_best), a timm model name, or none (kd and adversarial terms off); of several, the '
+        'mean of their probabilities', type=str, metavar='SPEC', several=True)
     teacher_model: str | None = _option(
         None, 'architecture of a bare weights file (default: the one stored in it, else --model)',
         type=str, metavar='NAME')
     teacher_dtype: str = _option(
-        'auto', 'precision the teacher runs in; auto: as the student, but bfloat16 where that is float32, the hardware '
-        'is faster in bfloat16 and at least 99.5 % of the top-1 on the first samples stay the same',
+        'auto', 'precision the teacher runs in; auto: as the student',
         choices=('auto', 'float32', 'bfloat16', 'float16'))
     teacher_size: int | None = _option(
         None, 'height and width in pixels that the teacher\'s input is resized to (default: as the student\'s, or what '
         'a teacher of a fixed size insists on)', type=int, low=1, high=8192, metavar='PIXELS')
-    # NLL at 1 / 1.5 / 2 / 3 / auto, ResNet and ViT, validation images of examples/results/accuracy.csv, n = 2:
-    # small 0.693 / 0.574 / 0.584 / 0.722 / 0.568, 1.094 / 0.902 / 0.883 / 1.014 / 0.876;
-    # noisy 1.198 / 1.008 / 0.999 / 1.095 / 0.998, 0.963 / 1.014 / 1.143 / 1.380 / 0.961
     teacher_temperature: float | str = _option(
         'auto', 'T_c, divides the teacher\'s logits: below 1 makes it surer, above 1 less sure; auto: fitted on at '
         'most 2,048 validation images before training, 1 without a validation split',
@@ -52,34 +46,27 @@ class AikdConfig:
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
-    # Error % at alpha 0.3 / 0.5 / 0.8, ResNet and ViT, n = 2 (full: seed 0), validation images of
-    # examples/results/accuracy.csv: small 19.0 / 19.0 / 19.1, 26.4 / 26.2 / 26.3; noisy 30.6 / 30.1 / 29.9,
-    # 28.5 / 28.3 / 28.6; underfit 16.4 / 16.6 / 16.8, 26.1 / 26.3 / 26.4; full 9.7 / 9.8 / 10.1, 17.0 / 17.2 / 17.7
     alpha: float = _option(
         0.3, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
-    # NLL at 2 / 4 with alpha 0.8, n = 2, validation images: small 0.566 / 0.564, 0.874 / 0.871
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
         low=0, open_low=True, metavar='T')
-    # Error % at 0 / 0.03 (with alpha 0.2) / 0.1, likewise (full: seed 0): small 19.4 / 19.5 / 19.0, 26.3 / 25.9 / 26.4;
-    # noisy 30.9 / 30.9 / 30.6, 32.1 / 30.7 / 28.5; full 9.6 / 9.5 / 9.7, 16.5 / 16.5 / 17.0
     adv_weight: float = _option(
         0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
-    # Error % at bce / hinge / lsgan / wgan / wgan-gp, n = 5: small 19.5 / 19.5 / 19.6 / 19.7 / 19.7,
-    # 26.2 / 26.1 / 26.2 / 26.1 / 25.8; noisy 31.1 / 31.2 / 31.2 / 31.3 / 31.0, 28.2 / 29.2 / 31.1 / 30.8 / 29.7
     adv_loss: str = _option('bce', 'adversarial loss', choices=ADV_LOSSES)
-    # NLL in noisy at 0 / 5 / 20, n = 2: 0.998 / 1.001 / 1.010, 0.961 / 0.995 / 1.054
     adv_warmup: float = _option(
         0., 'epochs over which the adversarial weight grows from 0 while the discriminator already learns; 0: none',
         low=0, metavar='EPOCHS')
-    # Error % in noisy at probs / log-probs / logits, n = 2: 31.0 / 30.6 / 31.1, 30.6 / 28.5 / 28.2
-    disc_input: str = _option('log-probs', 'what the discriminator sees of an output', choices=DISC_INPUTS)
+    disc_input: str = _option(
+        'log-probs', 'what the discriminator sees of a model: its output, or the features before its classifier (of '
+        'several teachers, the first one\'s). With features and --aikd-kd-weight 0 the teacher\'s classes play no '
+        'part: any model with as many features serves, such as the one that the fine-tuning starts from',
+        choices=DISC_INPUTS)
     disc_hidden: tuple[int, ...] = _option(
-        (256, 256), 'widths of the discriminator\'s hidden layers', type=int, low=1, high=65536, metavar='W')
+        (256, 256), 'widths of the discriminator\'s hidden layers', type=int, low=1, high=65536, metavar='W',
+        several=True)
     disc_opt: str = _option('adamw', 'optimizer of the discriminator, any first-order one of timm', metavar='NAME')
-    # NLL at 1e-4 / 1e-3 / 1e-2, n = 2: noisy 1.001 / 0.998 / 0.997, 1.076 / 0.961 / 0.908; at 1e-3 / 1e-2 small
-    # 0.568 / 0.571, 0.876 / 0.867; underfit 0.433 / 0.438, 0.680 / 0.696: 1e-2 is a stronger D
     disc_lr: float = _option(1e-3, 'learning rate of the discriminator', low=0, open_low=True, metavar='LR')
     memory: str = _option(
         'auto', 'where the previous epoch\'s predictions come from; store: a table of each sample\'s prediction at its '
@@ -96,46 +83,48 @@ class AikdConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name == 'disc_hidden':
-                values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-                object.__setattr__(self, option.name, values)
-            else:
-                values = (value,)
-            for item in values:
+            several = option.metadata.get('several', False) and isinstance(value, (list, tuple))
+            for item in value if several else (value,):
                 if item is not None or option.default is not None:
-                    _check(_flag(option.name), item, option.metadata)
+                    _check(option.name, item, option.metadata)
+        hidden = self.disc_hidden
+        object.__setattr__(self, 'disc_hidden', tuple(hidden) if isinstance(hidden, (list, tuple)) else (hidden,))
+        if isinstance(self.teacher, (list, tuple)):
+            object.__setattr__(self, 'teacher', _teachers(tuple(self.teacher)))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The specs of the teachers."""
+        return self.teacher if isinstance(self.teacher, tuple) else () if self.teacher is None else (self.teacher,)
 
     @property
     def has_teacher(self) -> bool:
         """Whether any term needs the teacher."""
         return self.teacher != 'none' and (self.kd_weight > 0 or self.adv_weight > 0)
 
+    @property
+    def has_kd(self) -> bool:
+        """Whether the kd term is on."""
+        return self.has_teacher and self.kd_weight > 0
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether the adversarial term is on."""
+        return self.has_teacher and self.adv_weight > 0
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether any term needs features."""
+        return self.has_adversary and self.disc_input == 'features'
+
+    @property
+    def uses_classes(self) -> bool:
+        """Whether any term needs the teacher's classes."""
+        return self.has_kd or self.has_adversary and not self.uses_features
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as YAML and `torch.load(weights_only=True)` take them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> 'AikdConfig':
-        """The options among a script's arguments."""
-        return cls(**{option.name: getattr(args, f'aikd_{option.name}') for option in fields(cls)})
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add `--aikd` and the options to a parser, as the group "AI-KD"."""
-        group = parser.add_argument_group('AI-KD', 'Self-knowledge distillation by the package timm-aikd.')
-        group.add_argument('--aikd', action='store_true', default=False, help='switch AI-KD on')
-        for option, value in zip(fields(cls), cls().to_dict().values(), strict=True):
-            rule = option.metadata
-            shown = ' '.join(map(str, value)) if isinstance(value, list) else value
-            default = '' if value is None else f' (default: {shown})'
-            group.add_argument(
-                _flag(option.name),
-                type=_number_or(rule['word'], rule['type']) if 'word' in rule else rule['type'],
-                nargs='+' if isinstance(value, list) else None,
-                default=value,
-                metavar=rule.get('metavar') or '{' + ','.join(rule['choices']) + '}',
-                help=f'{rule["help"]}{default}'.replace('%', '%%'),
-            )
 
     @classmethod
     def options_table(cls) -> str:
@@ -152,11 +141,12 @@ def _flag(name: str) -> str:
     return '--aikd-' + name.replace('_', '-')
 
 
-def _number_or(word: str, kind: Callable[[str], float]) -> Callable[[str], float | str]:
-    def number(text: str) -> float | str:
-        return text if text == word else kind(text)
-    number.__name__ = f'number or {word}'
-    return number
+def _teachers(specs: tuple[str, ...]) -> str | tuple[str, ...]:
+    if not specs:
+        raise AikdError('`teacher` []: an empty list; give one spec or several, or none')
+    if 'none' in specs and len(specs) > 1:
+        raise AikdError(f'`teacher` {" ".join(specs)}: none cannot stand among others; leave it out')
+    return specs if len(specs) > 1 else specs[0]
 
 
 def _allowed(rule: Any) -> str:
@@ -171,15 +161,19 @@ def _allowed(rule: Any) -> str:
     return low + high + word
 
 
-def _check(flag: str, value: Any, rule: Any) -> None:
+def _is_allowed(value: Any, rule: Any) -> bool:
     if rule['type'] is str:
-        fine = isinstance(value, str) and value != '' and value in rule.get('choices', (value,))
-    elif 'word' in rule and value == rule['word']:
-        fine = True
-    else:
-        fine = isinstance(value, (int, float) if rule['type'] is float else int) and not isinstance(value, bool)
-        fine = fine and rule['low'] <= value <= rule.get('high', sys.float_info.max)
-        fine = fine and not (rule.get('open_low') and value == rule['low'])
-    if not fine:
+        return isinstance(value, str) and value != '' and value in rule.get('choices', (value,))
+    if value == rule.get('word', math.nan):
+        return True
+    kinds = (int, float) if rule['type'] is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        return False
+    in_range = rule['low'] <= value <= rule.get('high', sys.float_info.max)
+    return in_range and not (rule.get('open_low') and value == rule['low'])
+
+
+def _check(name: str, value: Any, rule: Any) -> None:
+    if not _is_allowed(value, rule):
         finite = '; numbers must be finite' if value in (math.inf, -math.inf) or value != value else ''
-        raise AikdError(f'{flag} {value!r}: allowed is {_allowed(rule)}{finite}')
+        raise AikdError(f'`{name}` {value!r}: allowed is {_allowed(rule)}{finite}')

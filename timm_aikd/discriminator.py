@@ -196,11 +196,11 @@ class Discriminator(nn.Module):
     def _load(self, state: dict[str, Any]) -> None:
         self.mlp.load_state_dict(state['weights'])
         groups = [  # with the options that this object was made with
-            {**group, **{name: own[name] for name in self.optimizer.defaults}, 'lr': self.lr}
+            {**group, **{name: own[name] for name in self.optimizer.defaults if name in own}, 'lr': self.lr}
             for group, own in zip(state['optimizer']['param_groups'], self.optimizer.param_groups, strict=True)]
         # a copy, for torch takes over these very tensors, and a step overwrites them
         self.optimizer.load_state_dict(copy.deepcopy({**state['optimizer'], 'param_groups': groups}))
-        self._generator.set_state(state['generator'])
+        self._generator.set_state(state['generator'].cpu())  # wherever torch.load has put it
 
 
 def _create_optimizer(mlp: nn.Module, opt: str, lr: float) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The terms of the AI-KD loss, one pure function each.
+"""The equations of AI-KD, as pure functions.
 
     z            logits               [B, C]  student logits of this step
     z_T          teacher_logits       [B, C]  teacher logits on the same batch, already divided by T_c
@@ -13,8 +13,15 @@ With a BCE criterion a prediction is C independent probabilities: the `binary_*`
 previous epoch in place of log q, and reduce as the criterion does, over the batch and either the sum or the mean of
 the classes.
 
+    task         the criterion of the training script
+    progressive  tau_p^2 * KL( softmax(log q / tau_p) || softmax(z / tau_p) )    soft_loss
+    kd           tau^2 * KL( softmax(z_T / tau) || softmax(z / tau) )            soft_loss
+    adv          loss of the student against a fixed D                           generator_loss
+    disc         loss of D on real and fake                                      discriminator_loss
+
 Only the abstract of the AI-KD paper (https://arxiv.org/abs/2211.10938) was at hand; these equations are this
-project's formulation of it. The progressive term at tau_p = 1 is that of PS-KD (https://arxiv.org/abs/2006.12000).
+project's formulation of it. At tau_p = 1 the progressive term has the gradient of PS-KD's blended targets
+(https://arxiv.org/abs/2006.12000).
 All functions compute in float32, whatever the dtype of the logits.
 """
 from collections.abc import Callable
@@ -23,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 ADV_LOSSES = ('bce', 'hinge', 'lsgan', 'wgan', 'wgan-gp')
-DISC_INPUTS = ('probs', 'log-probs', 'logits')
+DISC_INPUTS = ('probs', 'log-probs', 'logits', 'features')
 
 
 def alpha_at(epoch: int, epochs: int, alpha_final: float) -> float:
@@ -34,22 +41,14 @@ def alpha_at(epoch: int, epochs: int, alpha_final: float) -> float:
     return alpha_final * min((epoch + 1) / epochs, 1.) if epoch > 0 else 0.
 
 
-def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
-    """H(target, softmax(z)), mean over the batch."""
-    return F.cross_entropy(logits.float(), target_probs)
+def soft_loss(logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """tau^2 * KL( softmax(soft / tau) || softmax(z / tau) ), mean over the batch (https://arxiv.org/abs/1503.02531).
 
-
-def progressive_loss(logits: torch.Tensor, past_log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
-    """tau_p^2 * H( softmax(log q / tau_p), softmax(z / tau_p) ), mean over the batch."""
-    past = F.softmax(past_log_probs.float() / temperature, dim=-1)
-    return temperature ** 2 * soft_cross_entropy(logits.float() / temperature, past)
-
-
-def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """tau^2 * KL( softmax(z_T / tau) || softmax(z / tau) ), mean over the batch (https://arxiv.org/abs/1503.02531)."""
+    The kd term with soft = z_T and tau; the progressive term with soft = log q and tau_p.
+    """
     student = F.log_softmax(logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return temperature ** 2 * F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+    soft = F.log_softmax(soft_logits.float() / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(student, soft, reduction='batchmean', log_target=True)
 
 
 def binary_soft_loss(
@@ -58,15 +57,23 @@ def binary_soft_loss(
         temperature: float,
         sum_classes: bool,
 ) -> torch.Tensor:
-    """tau^2 * BCE( sigmoid(soft / tau), sigmoid(z / tau) ), class by class: kd and progressive of a BCE criterion."""
-    target = torch.sigmoid(soft_logits.float() / temperature)
-    loss = F.binary_cross_entropy_with_logits(logits.float() / temperature, target, reduction='none')
-    return temperature ** 2 * (loss.sum(-1) if sum_classes else loss.mean(-1)).mean()
+    """tau^2 * KL( sigmoid(soft / tau) || sigmoid(z / tau) ) of each class, for a BCE criterion."""
+    soft = soft_logits.float() / temperature
+    probs = torch.sigmoid(soft)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits.float() / temperature, probs, reduction='none')
+    entropy = F.binary_cross_entropy_with_logits(soft, probs, reduction='none')
+    divergence = cross_entropy - entropy
+    return temperature ** 2 * (divergence.sum(-1) if sum_classes else divergence.mean(-1)).mean()
 
 
 def output_vector(logits: torch.Tensor, kind: str, binary: bool = False) -> torch.Tensor:
-    """What the discriminator sees of an output, [B, C] -> [B, C]: `probs`, `log-probs` or `logits`."""
+    """What the discriminator sees of an output, [B, C] -> [B, C]: `probs`, `log-probs` or `logits`.
+
+    For `features`, the argument is not logits but features [B, F], which are layer-normalised.
+    """
     logits = logits.float()
+    if kind == 'features':
+        return F.layer_norm(logits, logits.shape[-1:])
     if kind == 'logits':
         return logits
     if kind == 'probs':

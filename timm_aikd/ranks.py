@@ -1,15 +1,20 @@
 """The run's processes as torch.distributed knows them; without it, a run of one."""
+import logging
+import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from . import AikdError
+from .errors import AikdError, one_line
 
 T = TypeVar('T')
+
+logger = logging.getLogger(__package__)  # the package's only one: its filter lets rank 0 alone speak
 
 
 def is_distributed() -> bool:
@@ -27,6 +32,14 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def _speaks(record: logging.LogRecord) -> bool:
+    """Whether this process logs; before there is a process group, as its launcher says."""
+    return (rank() if is_distributed() else int(os.environ.get('RANK') or 0)) == 0
+
+
+logger.addFilter(_speaks)
+
+
 def group_device(device: torch.device) -> torch.device:
     """Where the process group can send from, for a rank that trains on `device`."""
     return device if is_distributed() and dist.get_backend() != 'gloo' else torch.device('cpu')
@@ -41,7 +54,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each rank gives, in order of rank; small things only."""
+    """Each rank's value, in order of rank; for small objects."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -50,7 +63,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def this_host() -> str:
-    """The machine's name, and where the system has it a number of this boot: names are not always unique."""
+    """The machine's name and, where the system has one, the id of this boot, since names are not always unique."""
     try:
         boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     except OSError:
@@ -58,33 +71,57 @@ def this_host() -> str:
     return f'{socket.gethostname()} {boot}'
 
 
-def first_on_each_host(function: Callable[[], T]) -> T:
-    """Call a function on all ranks, but let the first of each host be done before the others of it begin.
+def in_touch(function: Callable[[], T] | None) -> T | None:
+    """Run a function on some ranks, and nothing on those that give None; return when all are done.
+
+    The ranks exchange a word each second meanwhile: however long a download or a file takes, no collective waits longer
+    than the process group's time-out. The function runs in a thread of its own, and must not use the process group.
 
     Raises:
-        AikdError: On all ranks, the first that one of them met. What else a rank meets passes through there, and is an
-            AikdError that tells of it on the others.
+        Exception: What the function raised, on its rank.
+    """
+    if not is_distributed():
+        return function() if function is not None else None
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function if function is not None else lambda: None)
+        while not all(gather_objects(future.done())):
+            wait([future], timeout=1.)
+        return future.result()
+
+
+def first_on_each_host(function: Callable[[], T]) -> T:
+    """Call a function on all ranks; on each host one rank goes first, and the others wait until it is done.
+
+    Raises:
+        AikdError: If any rank fails, all ranks raise. Other exceptions propagate on the failing rank.
     """
     if not is_distributed():
         return function()
     hosts = gather_objects(this_host())
     is_first = hosts.index(hosts[rank()]) == rank()
     results: list[T] = []
-    failure: Exception | None = None
-    message: str | None = None
     for is_turn in (is_first, not is_first):
-        if is_turn:
-            try:
-                results.append(function())
-            except Exception as error:
-                failure, message = error, str(error)
-                if not isinstance(error, AikdError):
-                    text = ' '.join(message.split())[:100]
-                    message = f'rank {rank()} failed ({type(error).__name__}: {text}): see what it says itself'
-        met = [each for each in gather_objects(message) if each is not None]
-        if met:
-            raise AikdError(met[0]) if failure is None or isinstance(failure, AikdError) else failure
+        failure: Exception | None = None
+        try:
+            result = in_touch(function if is_turn else None)
+            if is_turn:
+                results.append(cast(T, result))
+        except Exception as error:
+            failure = error
+        _fail_together(failure)
     return results[0]
+
+
+def _fail_together(failure: Exception | None) -> None:
+    """Raise on all ranks, if any rank has failed."""
+    message = None if failure is None else str(failure)
+    if failure is not None and not isinstance(failure, AikdError):
+        message = f'rank {rank()} failed ({type(failure).__name__}: {one_line(failure)}): see its own message'
+    messages = [each for each in gather_objects(message) if each is not None]
+    if messages and (failure is None or isinstance(failure, AikdError)):
+        raise AikdError(messages[0])
+    if failure is not None:
+        raise failure
 
 
 def barrier() -> None:

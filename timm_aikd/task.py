@@ -1,5 +1,4 @@
 """AI-KD as a training task of timm."""
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .aikd import Criterion
 from .config import AikdConfig
 from .run import AikdRun
+from .teaching import Batches
+from .terms import Criterion
 
 
 class AikdTask(ClassificationTask):
@@ -22,10 +22,12 @@ class AikdTask(ClassificationTask):
 
     Args:
         model: The student; its `num_classes` tells the number of classes.
-        criterion: The task loss. A BCE (timm's or torch's) makes the soft terms binary cross-entropies too.
+        criterion: The task loss. A BCE (timm's or torch's) makes the soft terms binary divergences too.
         teacher: What `load_teacher` returns, or any module that maps the student's input to logits [B, C].
         config: The options.
         epochs: Scheduled epochs T.
+        class_names: The classes' names, in the order of the outputs, for those who use the checkpoints.
+        resume_folder: Folder of the checkpoint that the task will be resumed from.
         **kwargs: Passed to `ClassificationTask`: device, dtype, verbose, ...
 
     Raises:
@@ -52,10 +54,13 @@ class AikdTask(ClassificationTask):
             teacher: nn.Module | None = None,
             config: AikdConfig | None = None,
             epochs: int = 1,
+            class_names: list[str] | None = None,
+            resume_folder: Path | None = None,
             **kwargs: Any,
     ):
         super().__init__(model, criterion, *args, **kwargs)
-        self.run = AikdRun(unwrap_model(model), self.criterion, teacher, config, epochs, self.verbose)
+        self.run = AikdRun(
+            unwrap_model(model), self.criterion, teacher, config, epochs, class_names, resume_folder)
         self.aikd = self.run.aikd
 
     def forward(
@@ -78,13 +83,19 @@ class AikdTask(ClassificationTask):
         output = self.trainable_module(input)
         return {'output': output, **self.run.loss(input, output, target, index)}
 
-    def calibrate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Fit T_c on labelled validation batches, (input, target) each; for `teacher_temperature='auto'`."""
-        self.run.calibrate(batches)
+    def calibrate(self, batches: Batches, training: Batches | None = None) -> dict[str, float]:
+        """Fit T_c on labelled validation batches; see `AikdRun.calibrate`."""
+        return self.run.calibrate(batches, training)
 
-    def begin_epoch(self, epoch: int, loader: Any = None, checkpoint_folder: Path | str | None = None) -> None:
+    def begin_epoch(
+            self,
+            epoch: int,
+            loader: Any = None,
+            checkpoint_folder: Path | str | None = None,
+            epochs: int | None = None,
+    ) -> None:
         """Call before the first batch of an epoch; see `AikdRun.begin_epoch`."""
-        self.run.begin_epoch(epoch, loader, checkpoint_folder)
+        self.run.begin_epoch(epoch, loader, checkpoint_folder, epochs)
 
     def end_epoch(self) -> dict[str, float]:
         """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
@@ -99,9 +110,14 @@ class AikdTask(ClassificationTask):
         if self.device.type == 'cpu':
             device_ids = None  # timm's script names the CPU, which DDP refuses
         super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
-        if self.aikd.discriminator is not None:
-            self.aikd.discriminator.broadcast()
+        self.aikd.broadcast()
         return self
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """timm's evaluator of this task, which also computes ECE and AURC; for timm 1.0.31 and later."""
+        from .evaluator import CalibrationEvaluator  # older timm has no evaluators
+
+        return CalibrationEvaluator(device=self.device, **kwargs)
 
     def compile(  # type: ignore[override]  # as timm's, which answers otherwise than torch's
             self,
