@@ -11,7 +11,7 @@ _NAMES = (*_MEANS, *_COUNTS, 'samples')
 
 
 class EpochSums(nn.Module):
-    """Sums over an epoch's steps, kept on the device; nothing waits for it before `totals`.
+    """Sums over an epoch's steps, kept on the device; nothing waits for it before `metrics`.
 
     Args:
         device: Where the student runs.

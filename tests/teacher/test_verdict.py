@@ -20,7 +20,7 @@ def fit(train, validation, temperature=1.):
 
 @pytest.mark.parametrize('train, validation, words', [
     (100., 80., 'expect a lower NLL'), (90., 84., 'cannot tell'), (86., 84., 'expect no gain'),
-    (84., 86., 'expect no gain'), (70., 85., 'wrong or very hard training labels')])
+    (84., 86., 'expect no gain'), (70., 85., 'look for wrong or very hard training labels')])
 def test_the_gap_decides(train, validation, words):
     text = verdict(fit(train, validation))
     assert words in text and f'gap of {train - validation:.1f} points' in text and '2000' in text and '1000' in text

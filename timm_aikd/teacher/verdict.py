@@ -28,8 +28,8 @@ def verdict(fit: Mapping[str, float]) -> str:
             'expect no gain if the training labels are right, for plain training underfits: more epochs help more')
     else:
         meaning = (
-            'the teacher disagrees with more training labels than validation labels: wrong or very hard training '
-            'labels, with which AI-KD pays most')
+            'the teacher disagrees with more training labels than validation labels, so look for wrong or very hard '
+            'training labels; cannot tell, our runs had no such gap')
     text = (
         f'teacher top-1 {fit["train_top1"]:.1f} % on {fit["train_samples"]:.0f} unaugmented training images, '
         f'{fit["top1"]:.1f} % on {fit["samples"]:.0f} validation images, a gap of {gap:.1f} points: {meaning}')
