@@ -113,7 +113,7 @@ def test_a_term_of_weight_0_does_no_work(tiny_net, off):
     on = {'kd', 'progressive', 'adv'} - {name}
     assert parts[f'{name}_loss'] == 0 and all(parts[f'{other}_loss'] != 0 for other in on)
     assert (aikd.memory is None) == (off == 'alpha') and (aikd.discriminator is None) == (off == 'adv_weight')
-    assert set(parts) == {'loss', 'task_loss', 'progressive_loss', 'kd_loss', 'adv_loss', 'disc_loss'}
+    assert set(parts) == {'loss', 'task_loss', 'progressive_loss', 'kd_loss', 'features_loss', 'adv_loss', 'disc_loss'}
 
 
 def test_no_teacher_forward_where_no_term_needs_it(tiny_net):

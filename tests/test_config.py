@@ -17,10 +17,13 @@ GOOD = [
     {'teacher': 'none', 'alpha': 0, 'kd_weight': 0, 'adv_weight': 0},
     {'alpha': 1, 'temperature': 1e-3, 'progressive_temperature': 100, 'teacher_temperature': 2},
     {'adv_loss': 'wgan-gp', 'disc_input': 'logits', 'disc_hidden': [8, 8, 8], 'disc_opt': 'lamb', 'adv_warmup': 2.5},
+    {'feature_weight': 1, 'kd_weight': 0, 'adv_weight': 0},
     {'disc_hidden': 16, 'teacher_temperature': 'auto', 'teacher_dtype': 'bfloat16', 'memory': 'snapshot'},
 ]
 BAD = [
     ({'kd_weight': -0.1}, '`kd_weight` -0.1: allowed is number >= 0'),
+    ({'feature_weight': 3, 'teacher': 'none'}, '`feature_weight` 3: needs a `teacher`'),
+    ({'feature_weight': -1}, '`feature_weight` -1: allowed is number >= 0'),
     ({'kd_weight': float('inf')}, 'numbers must be finite'),
     ({'kd_weight': float('nan')}, 'numbers must be finite'),
     ({'kd_weight': '1'}, "`kd_weight` '1'"),

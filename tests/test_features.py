@@ -1,4 +1,4 @@
-"""A discriminator on features: where they come from, and what D and the student learn from them."""
+"""Terms on features: where the features come from, and what D and the student learn from them."""
 import copy
 import pickle
 
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from timm_aikd import AikdConfig, AikdError, AikdTask
 from timm_aikd.features import FeatureTap
 from timm_aikd.inference import folded
+from timm_aikd.teacher import Teacher, TeacherEnsemble
+
+from .support import oracle
 
 ONE_PHASE = dict(teacher='given', kd_weight=0, alpha=0, disc_input='features', adv_weight=0.3, disc_hidden=(8,))
 
@@ -82,7 +85,7 @@ def test_features_of_each_token_are_refused():
         tap.take()
 
 
-def test_one_phase_learns_from_features_alone():
+def test_one_phase_learns_from_features_alone(caplog):
     """The teacher has other classes; loss, D's step and gradients are those of the equations."""
     student, teacher = model(seed=1), model(seed=2, num_classes=9).eval()
     mirror = copy.deepcopy(student)
@@ -90,7 +93,9 @@ def test_one_phase_learns_from_features_alone():
     mlp = copy.deepcopy(task.aikd.discriminator.mlp)
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=0.)
     assert not task.aikd.needs_temperature
+    caplog.set_level('INFO')
     task.begin_epoch(0)
+    assert 'its features alone: classes, T_c and top-1 are neither used nor checked' in caplog.text
     for _ in range(3):
         x, y = images()
         result = task(x, y)
@@ -162,6 +167,69 @@ def test_compiled_networks_give_the_same_losses(compiled):
             task.get_eval_model().eval()(images()[0])  # validation
             task.train()
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+
+
+@pytest.mark.parametrize('adv_weight', [0, 0.3])
+def test_the_feature_term_is_the_distance_of_normalised_features(adv_weight):
+    """The teacher has other classes; loss and gradients are those of the equations."""
+    student, teacher = model(seed=1), model(seed=2, num_classes=9).eval()
+    mirror, (x, y) = copy.deepcopy(student), images()
+    config = AikdConfig(**{**ONE_PHASE, 'adv_weight': adv_weight, 'feature_weight': 0.7})
+    task = AikdTask(student, nn.CrossEntropyLoss(), teacher=teacher, config=config, epochs=2)
+    task.begin_epoch(0)
+    result = task(x, y)
+    features = mirror.forward_head(mirror.forward_features(x), pre_logits=True)
+    with torch.no_grad():
+        wanted = teacher.forward_head(teacher.forward_features(x), pre_logits=True)
+    distance = oracle.feature_distance(features, wanted).mean()
+    torch.testing.assert_close(result['features_loss'].double(), distance.detach())
+    expected = F.cross_entropy(mirror.get_classifier()(features), y) + 0.7 * distance
+    if adv_weight:
+        expected += 0.3 * oracle.adv_loss(task.aikd.discriminator(oracle.layer_norm(features).float())).mean()
+    torch.testing.assert_close(result['loss'].double(), expected.double())
+    ours, theirs = (torch.autograd.grad(loss, net.conv1.parameters())
+                    for loss, net in ((result['loss'], student), (expected, mirror)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert task.end_epoch()['features'] == pytest.approx(distance.item(), rel=1e-5)
+
+
+def test_of_several_teachers_only_the_first_runs_for_its_features():
+    """They need not have the same classes then."""
+    student, (first, second) = model(), (Teacher(model(seed=seed, num_classes=4 + seed)) for seed in (1, 2))
+    config = AikdConfig(teacher=('a', 'b'), kd_weight=0, alpha=0, adv_weight=0, feature_weight=1)
+    second.register_forward_pre_hook(lambda *_: pytest.fail('the second teacher ran'))
+    task = AikdTask(student, nn.CrossEntropyLoss(), teacher=TeacherEnsemble([first, second]), config=config, epochs=2)
+    task.begin_epoch(0)
+    assert task(*images())['features_loss'] > 0
+
+
+def test_a_sample_without_finite_features_has_no_feature_term(caplog):
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(96, 4)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            self.seen = x.flatten(1)[:, :96].clone()
+            self.seen[2] = torch.inf
+            return self.fc(self.seen)
+
+    config = AikdConfig(teacher='given', kd_weight=0, alpha=0, adv_weight=0, feature_weight=1)
+    student, teacher, (x, y) = model().eval(), Teacher(), images()
+    task = AikdTask(student, nn.CrossEntropyLoss(), teacher=teacher, config=config, epochs=2)
+    task.begin_epoch(0)
+    result = task(x, y)
+    features = student.forward_head(student.forward_features(x), pre_logits=True)
+    kept = [0, 1, 3, 4, 5]
+    distance = oracle.feature_distance(features[kept], teacher.seen[kept]).sum() / 6
+    torch.testing.assert_close(result['features_loss'].double(), distance.detach())
+    result['loss'].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
+    task.end_epoch()
+    assert 'no finite answer for 1 of 6 samples' in caplog.text
 
 
 def test_another_number_of_features_is_refused_with_both():

@@ -13,6 +13,7 @@ from timm.task import ClassificationTask, LogitDistillationTask, load_task_ema_c
 from timm.utils import CheckpointSaver
 
 from timm_aikd import AikdConfig, AikdError, AikdTask
+from timm_aikd.terms import Distillation
 
 from .support.distributed import spawn
 
@@ -76,7 +77,7 @@ def test_with_the_kd_term_alone_it_is_timms_logit_distillation():
 
 
 def test_result_has_the_same_keys_whatever_is_on():
-    keys = {'loss', 'output', 'task_loss', 'progressive_loss', 'kd_loss', 'adv_loss', 'disc_loss'}
+    keys = {'loss', 'output', 'task_loss', 'progressive_loss', 'kd_loss', 'features_loss', 'adv_loss', 'disc_loss'}
     for config in (given(), AikdConfig(teacher='none'), AikdConfig(teacher='none', alpha=0)):
         task = AikdTask(small_model(), nn.CrossEntropyLoss(), teacher=small_model(1), config=config, verbose=False)
         for epoch in range(2):
@@ -94,8 +95,9 @@ def test_result_has_the_same_keys_whatever_is_on():
 ])
 def test_knows_a_bce_criterion(criterion, binary, sum_classes):
     task = AikdTask(small_model(), criterion, teacher=small_model(1), config=given(), verbose=False)
-    assert task.run.binary == binary and isinstance(task.aikd.distillation.soft_loss, partial) == binary
-    assert not binary or task.aikd.distillation.soft_loss.keywords == {'sum_classes': sum_classes}
+    kd, = (term for term in task.aikd.terms if isinstance(term, Distillation))
+    assert task.run.binary == binary and isinstance(kd.soft_loss, partial) == binary
+    assert not binary or kd.soft_loss.keywords == {'sum_classes': sum_classes}
     assert task.aikd.discriminator.binary == binary
 
 

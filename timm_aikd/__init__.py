@@ -5,7 +5,7 @@ The method, in reading order:
     loss           the equations, as pure functions
     discriminator  the discriminator and its sidecar optimizer
     step           one training step, and the interface of a term
-    terms          the progressive, kd and adversarial terms
+    terms          the progressive, kd, feature and adversarial terms
     teaching       the frozen teacher at work: its logits, its T_c, its features
     aikd           the terms that are on, joined into one regularised loss
     epoch          what an epoch adds up

@@ -12,25 +12,26 @@ from .config import AikdConfig
 from .discriminator import Discriminator
 from .epoch import EpochSums
 from .errors import AikdError
+from .features import FEATURE_OPTIONS
 from .memory import Memory
 from .ranks import is_distributed, logger
 from .state import SavedState
 from .step import Step, Term
 from .teacher import Teacher
 from .teaching import Batches, teaching_of
-from .terms import Adversarial, Criterion, Distillation, Progressive, soft_loss_of
+from .terms import Adversarial, Criterion, Progressive, distances, soft_loss_of
 
 
 class Aikd(nn.Module):
     """AI-KD's regularisation of a task loss; it does not depend on how the student is trained.
 
     Between `begin_epoch` and `end_epoch`, call the module once a batch. A term of weight 0 does no work: with all
-    three at 0 the loss is the task loss itself. No step waits for the device.
+    weights at 0 the loss is the task loss itself. No step waits for the device.
 
     Args:
         num_classes: Number of classes C, at least 2.
         teacher: A `Teacher`, or any module that maps the student's input to logits [B, C]; frozen here. May be None
-            where neither the kd nor the adversarial term is on.
+            where no term needs one.
         config: The options.
         epochs: Scheduled epochs T, over which the progressive term's weight grows.
         binary: The criterion is a BCE: predictions are C independent probabilities.
@@ -38,7 +39,7 @@ class Aikd(nn.Module):
         criterion: The task loss, mean over the batch, for samples that a store memory has no prediction of; by default
             plain cross-entropy or BCE.
         device: Where the student runs.
-        num_features: Number of features F before the student's classifier, where the discriminator sees them.
+        num_features: Number of features F before the student's classifier, where a term needs them.
 
     Raises:
         AikdError: Fewer than two classes, no epochs, or no teacher where one is needed.
@@ -63,12 +64,12 @@ class Aikd(nn.Module):
         self.num_classes, self.epochs = num_classes, epochs
         soft_loss = soft_loss_of(binary, sum_classes)
         seen = num_features if config.uses_features else None
+        width = num_classes if config.disc_input != 'features' or seen is None else seen
         self.progressive = Progressive(
             config, soft_loss, criterion or _default_criterion(binary, sum_classes)) if config.alpha > 0 else None
         self.teaching = teaching_of(teacher, config, seen, num_classes, binary, device)
-        self.distillation = Distillation(config, soft_loss) if config.has_kd else None
-        self.adversarial = Adversarial(config, seen or num_classes, binary, device) if config.has_adversary else None
-        terms = self.progressive, self.teaching, self.distillation, self.adversarial
+        self.adversarial = Adversarial(config, width, binary, device) if config.has_adversary else None
+        terms = self.progressive, self.teaching, *distances(config, soft_loss), self.adversarial
         self.terms: list[Term] = [term for term in terms if term is not None]
         self.epoch = 0
         self.steps = 0  # taken by this object, in any epoch
@@ -76,7 +77,7 @@ class Aikd(nn.Module):
 
     @property
     def teacher(self) -> Teacher | None:
-        """None where neither the kd nor the adversarial term is on."""
+        """None where no term needs one."""
         return self.teaching.teacher if self.teaching is not None else None
 
     @property
@@ -110,7 +111,7 @@ class Aikd(nn.Module):
     def fit_teacher_temperature(self, batches: Batches, training: Batches | None = None) -> dict[str, float]:
         """Fit T_c to labelled validation images, on every rank its share; see `ClassTeaching.calibrate`."""
         if self.teaching is None:
-            raise AikdError('AI-KD: no teacher to calibrate: the kd and adversarial terms are off')
+            raise AikdError('AI-KD: no teacher to calibrate: no term needs one')
         return self.teaching.calibrate(batches, training)
 
     def use_memory(self, memory: Memory) -> None:
@@ -153,14 +154,14 @@ class Aikd(nn.Module):
             target: Hard [B] or soft [B, C] targets.
             task_loss: The script's criterion on `logits` and `target`.
             index: Dataset indices [B] of the samples, for a store memory that follows no loader.
-            features: Features [B, F] before the student's classifier, where the discriminator sees them.
+            features: Features [B, F] before the student's classifier, where a term needs them.
 
         Returns:
-            `loss`, and detached and unweighted `task_loss`, `progressive_loss`, `kd_loss`, `adv_loss`, `disc_loss`.
+            `loss`, and detached and unweighted `NAME_loss` of task, progressive, kd, features, adv and disc.
 
         Raises:
-            AikdError: The teacher's logits are not shaped as the student's, or its top-1 is no better than chance; or
-                a store memory cannot tell the samples.
+            AikdError: The teacher's logits are not shaped as the student's, or its top-1 is no better than chance; a
+                store memory cannot tell the samples; or features are needed and not given.
         """
         step = Step(input, logits, target, index, features, loss=task_loss, means={'task': task_loss})
         for term in self.terms:
@@ -173,7 +174,7 @@ class Aikd(nn.Module):
         """Metrics of the epoch, averaged over its samples and over the ranks; only here the device is waited for.
 
         Returns:
-            Means of the terms, unweighted: `task`, `progressive`, `kd`, `adv`, `disc`; the weight `alpha`;
+            Means of the terms, unweighted: `task`, `progressive`, `kd`, `features`, `adv`, `disc`; the weight `alpha`;
             `disc_accuracy`, how often D told the two outputs for a sample apart (0.5 is chance); `disc_skipped`,
             steps that D skipped; `teacher_top1` on the training batches, in percent.
 
@@ -213,7 +214,7 @@ class Aikd(nn.Module):
                 object is as it was before.
         """
         saved = SavedState.from_dict(state)
-        now, then = self.config.to_dict(), saved.config
+        now, then = self.config.to_dict(), {**AikdConfig().to_dict(), **saved.config}  # older ones have fewer options
         changed = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)}
         for name in sorted(changed):
             logger.warning(f'AI-KD: aikd_{name} was {then.get(name)!r:.80} in the checkpoint, is {now.get(name)!r} now')
@@ -235,9 +236,9 @@ def _check(
     if epochs < 1:
         raise AikdError(f'AI-KD needs at least 1 scheduled epoch, not {epochs}')
     if config.has_teacher and teacher is None:
-        raise AikdError('AI-KD needs a teacher: give one, or set `kd_weight` and `adv_weight` to 0')
+        raise AikdError('AI-KD needs a teacher: give one, or set all weights but `alpha` to 0')
     if config.uses_features and num_features is None:
-        raise AikdError('`disc_input` features: needs `num_features` of the student')
+        raise AikdError(f'{FEATURE_OPTIONS}: needs `num_features` of the student')
 
 
 def _default_criterion(binary: bool, sum_classes: bool) -> Criterion:

@@ -26,8 +26,8 @@ class AikdConfig:
 
     teacher: str | tuple[str, ...] | None = _option(
         None, 'the frozen pre-trained model: hf-hub:ORG/NAME[@REVISION], local-dir:PATH, a weights file, the output '
-        'folder of a run (its model_best), a timm model name, or none (kd and adversarial terms off); of several, the '
-        'mean of their probabilities', type=str, metavar='SPEC', several=True)
+        'folder of a run (its model_best), a timm model name, or none (kd, feature and adversarial terms off); of '
+        'several, the mean of their probabilities', type=str, metavar='SPEC', several=True)
     teacher_model: str | None = _option(
         None, 'architecture of a bare weights file (default: the one stored in it, else --model)',
         type=str, metavar='NAME')
@@ -42,7 +42,9 @@ class AikdConfig:
         'most 2,048 validation images before training, 1 without a validation split',
         type=float, low=0, open_low=True, word='auto', metavar='T')
     kd_weight: float = _option(
-        1., 'weight of the kd term; 0: no kd', low=0, metavar='W')
+        1., 'weight of the kd term; 0: no kd. With 0, and D off (--aikd-adv-weight 0) or on features '
+        '(--aikd-disc-input features), the teacher\'s classes play no part: any model with as many features serves, '
+        'such as the one that the fine-tuning starts from', low=0, metavar='W')
     temperature: float = _option(
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
@@ -52,6 +54,10 @@ class AikdConfig:
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',
         low=0, open_low=True, metavar='T')
+    feature_weight: float = _option(
+        0., 'weight of the feature term, the mean squared difference between the layer-normalised features before the '
+        'classifier of the student and of the (first) teacher; 0: no feature term, large values keep the features as '
+        'the teacher has them', low=0, metavar='W')
     adv_weight: float = _option(
         0.1, 'weight of the adversarial term; 0: no discriminator', low=0, metavar='W')
     adv_loss: str = _option('bce', 'adversarial loss', choices=ADV_LOSSES)
@@ -60,8 +66,7 @@ class AikdConfig:
         low=0, metavar='EPOCHS')
     disc_input: str = _option(
         'log-probs', 'what the discriminator sees of a model: its output, or the features before its classifier (of '
-        'several teachers, the first one\'s). With features and --aikd-kd-weight 0 the teacher\'s classes play no '
-        'part: any model with as many features serves, such as the one that the fine-tuning starts from',
+        'several teachers, the first one\'s)',
         choices=DISC_INPUTS)
     disc_hidden: tuple[int, ...] = _option(
         (256, 256), 'widths of the discriminator\'s hidden layers', type=int, low=1, high=65536, metavar='W',
@@ -89,8 +94,7 @@ class AikdConfig:
                     _check(option.name, item, option.metadata)
         hidden = self.disc_hidden
         object.__setattr__(self, 'disc_hidden', tuple(hidden) if isinstance(hidden, (list, tuple)) else (hidden,))
-        if isinstance(self.teacher, (list, tuple)):
-            object.__setattr__(self, 'teacher', _teachers(tuple(self.teacher)))
+        object.__setattr__(self, 'teacher', _teachers(self.teacher, self.feature_weight))
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -100,12 +104,17 @@ class AikdConfig:
     @property
     def has_teacher(self) -> bool:
         """Whether any term needs the teacher."""
-        return self.teacher != 'none' and (self.kd_weight > 0 or self.adv_weight > 0)
+        return self.teacher != 'none' and max(self.kd_weight, self.feature_weight, self.adv_weight) > 0
 
     @property
     def has_kd(self) -> bool:
         """Whether the kd term is on."""
         return self.has_teacher and self.kd_weight > 0
+
+    @property
+    def has_feature_term(self) -> bool:
+        """Whether the feature term is on."""
+        return self.has_teacher and self.feature_weight > 0
 
     @property
     def has_adversary(self) -> bool:
@@ -115,12 +124,12 @@ class AikdConfig:
     @property
     def uses_features(self) -> bool:
         """Whether any term needs features."""
-        return self.has_adversary and self.disc_input == 'features'
+        return self.has_feature_term or self.has_adversary and self.disc_input == 'features'
 
     @property
     def uses_classes(self) -> bool:
         """Whether any term needs the teacher's classes."""
-        return self.has_kd or self.has_adversary and not self.uses_features
+        return self.has_kd or self.has_adversary and self.disc_input != 'features'
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as YAML and `torch.load(weights_only=True)` take them."""
@@ -141,11 +150,14 @@ def _flag(name: str) -> str:
     return '--aikd-' + name.replace('_', '-')
 
 
-def _teachers(specs: tuple[str, ...]) -> str | tuple[str, ...]:
+def _teachers(given: Any, feature_weight: float) -> str | tuple[str, ...] | None:
+    specs = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     if not specs:
         raise AikdError('`teacher` []: an empty list; give one spec or several, or none')
     if 'none' in specs and len(specs) > 1:
         raise AikdError(f'`teacher` {" ".join(specs)}: none cannot stand among others; leave it out')
+    if specs == ('none',) and feature_weight > 0:
+        raise AikdError(f'`feature_weight` {feature_weight:g}: needs a `teacher`, not none: name one, or leave it out')
     return specs if len(specs) > 1 else specs[0]
 
 

@@ -30,15 +30,12 @@ class EpochSums(nn.Module):
     @torch.no_grad()
     def add(self, step: Step) -> None:
         """Add one step."""
-        samples = len(step.logits)
-        zero = torch.zeros((), device=self.sums.device)
-        values = {
-            **{name: samples * mean.detach().float() for name, mean in step.means.items()},
-            **{name: count.sum().float() for name, count in step.counts.items()},
-            'lost': (~step.loss.detach().isfinite()).float(),
-            'samples': zero + samples,
-        }
-        self.sums += torch.stack([values.get(name, zero) for name in _NAMES])
+        samples, zero = len(step.logits), torch.zeros((), device=self.sums.device)
+        counts = {'lost': ~step.loss.isfinite(), **step.counts}
+        self.sums += torch.cat([
+            samples * torch.stack([step.means.get(name, zero).float() for name in _MEANS]),
+            torch.stack([counts.get(name, zero).sum().float() for name in _COUNTS]),
+            (zero + samples)[None]])
 
     def metrics(self, epoch: int) -> dict[str, float]:
         """The epoch's metrics over all ranks, after its warnings are logged; waits for the device."""
@@ -58,7 +55,7 @@ def _warn(epoch: int, totals: dict[str, float]) -> None:
             f'the student is lost: resume from an earlier checkpoint, with a lower --lr or with --clip-grad')
     elif unanswered:
         logger.warning(
-            f'AI-KD: epoch {epoch}: the teacher had no finite logits for {unanswered} of {samples} samples, which had '
-            f'no kd term; D skipped {skipped} steps; if the teacher overflows, set `teacher_dtype` to float32')
+            f'AI-KD: epoch {epoch}: the teacher had no finite answer for {unanswered} of {samples} samples, which had '
+            f'no kd or feature term; D skipped {skipped} steps; if it overflows, set `teacher_dtype` to float32')
     elif skipped:
         logger.warning(f'AI-KD: epoch {epoch}: D skipped {skipped} steps whose gradients were not finite')

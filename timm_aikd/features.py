@@ -6,6 +6,8 @@ import torch.nn as nn
 
 from .errors import AikdError
 
+FEATURE_OPTIONS = '`feature_weight` or `disc_input` features'  # what needs them, for messages
+
 
 class FeatureTap:
     """Keeps the input of a model's classifier at each forward, until it is taken.
@@ -27,8 +29,8 @@ class FeatureTap:
         width = getattr(self._classifier, 'in_features', None) or getattr(self._classifier, 'in_channels', None)
         if not isinstance(width, int):
             raise AikdError(
-                f'`disc_input` features: {name} ({type(model).__name__}) has no classifier layer to take the features '
-                f'before; use another `disc_input`, or another model')
+                f'{FEATURE_OPTIONS}: {name} ({type(model).__name__}) has no classifier layer to take the features '
+                f'before; leave these options out, or use another model')
         self.width = width
         self._features: torch.Tensor | None = None
         assert self._classifier is not None
@@ -54,12 +56,12 @@ class FeatureTap:
         """
         features, self._features = self._features, None
         if features is None:
-            raise AikdError(f'`disc_input` features: {self.name} has not run forward, or not with its classifier')
+            raise AikdError(f'{FEATURE_OPTIONS}: {self.name} has not run forward, or not with its classifier')
         vectors = features.flatten(1)
         if vectors.shape[1] != self.width:
             raise AikdError(
-                f'`disc_input` features: the classifier of {self.name} sees {list(features.shape)}, not one vector of '
-                f'{self.width} a sample; use another `disc_input`')
+                f'{FEATURE_OPTIONS}: the classifier of {self.name} sees {list(features.shape)}, not one vector '
+                f'of {self.width} a sample; leave these options out')
         return vectors
 
 

@@ -5,9 +5,10 @@
     log q        past_log_probs       [B, C]  the student's prediction for the same samples in the previous epoch
     alpha_t      alpha                        weight of the progressive term in epoch t
     tau, tau_p   temperature
+    h, h_T       features             [B, F]  student's and teacher's features before the classifier
     D(.)         real, fake           [B]     discriminator scores of the teacher's and of the student's output
 
-    loss = (1 - alpha_t) * task + alpha_t * progressive + lambda_kd * kd + lambda_adv * adv
+    loss = (1 - alpha_t) * task + alpha_t * progressive + lambda_kd * kd + lambda_f * features + lambda_adv * adv
 
 With a BCE criterion a prediction is C independent probabilities: the `binary_*` functions take the logits of the
 previous epoch in place of log q, and reduce as the criterion does, over the batch and either the sum or the mean of
@@ -16,6 +17,7 @@ the classes.
     task         the criterion of the training script
     progressive  tau_p^2 * KL( softmax(log q / tau_p) || softmax(z / tau_p) )    soft_loss
     kd           tau^2 * KL( softmax(z_T / tau) || softmax(z / tau) )            soft_loss
+    features     mean( (norm(h) - norm(h_T))^2 )                                 feature_distance
     adv          loss of the student against a fixed D                           generator_loss
     disc         loss of D on real and fake                                      discriminator_loss
 
@@ -66,14 +68,23 @@ def binary_soft_loss(
     return temperature ** 2 * (divergence.sum(-1) if sum_classes else divergence.mean(-1)).mean()
 
 
+def feature_distance(features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of layer-normalised features [B, F]: about 2 (1 - r), r their correlation."""
+    return F.mse_loss(_normalised(features), _normalised(teacher_features))
+
+
+def _normalised(features: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(features.float(), features.shape[-1:])
+
+
 def output_vector(logits: torch.Tensor, kind: str, binary: bool = False) -> torch.Tensor:
     """What the discriminator sees of an output, [B, C] -> [B, C]: `probs`, `log-probs` or `logits`.
 
     For `features`, the argument is not logits but features [B, F], which are layer-normalised.
     """
-    logits = logits.float()
     if kind == 'features':
-        return F.layer_norm(logits, logits.shape[-1:])
+        return _normalised(logits)
+    logits = logits.float()
     if kind == 'logits':
         return logits
     if kind == 'probs':

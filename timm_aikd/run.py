@@ -154,7 +154,8 @@ class AikdRun:
         """Call after the last batch of an epoch; metrics as `Aikd.end_epoch` returns them."""
         metrics = self.aikd.end_epoch()
         self.aikd.save_memory(self._checkpoint_folder)
-        shown = {name: value for name, value in metrics.items() if value or name != 'disc_skipped'}
+        silent = {'disc_skipped'} if self.aikd.config.uses_classes else {'disc_skipped', 'teacher_top1'}
+        shown = {name: value for name, value in metrics.items() if value or name not in silent}
         text = ', '.join(f'{name} {value:.4g}' for name, value in shown.items())
         logger.info(f'AI-KD: epoch {self.aikd.epoch}: {text}')
         return metrics
@@ -167,7 +168,7 @@ class AikdRun:
         if aikd.progressive is not None:
             self._warn_of_memory(aikd.progressive.memory.needs_file, epochs)
         terms = [text for term in aikd.terms if (text := term.describe())]
-        teacher = f'{aikd.teacher.name} at T_c {aikd.teacher.temperature:.3f}' if aikd.teacher is not None else 'none'
+        teacher = aikd.teaching.introduce() if aikd.teaching is not None else 'none'
         # the path, since a train.py inside a clone of timm imports the clone's timm, not the installed one
         logger.info(
             f'AI-KD: teacher {teacher}; terms: {", ".join(terms) or "none, this is plain training"}; '

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from .state import SavedState
 
-PARTS = ('task', 'progressive', 'kd', 'adv', 'disc')
+PARTS = ('task', 'progressive', 'kd', 'features', 'adv', 'disc')
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Step:
         features: The student's features [B, F] before its classifier, where a term needs them.
         loss: The task loss plus the terms so far, weighted.
         teacher_logits: z_T [B, C], once the teacher has run.
-        answered: Which samples [B] have finite teacher logits, once the teacher has run.
+        answered: Which samples [B] have finite teacher logits, or features where only these are used, once the teacher
+            has run.
         teacher_features: The teacher's features [B, F], once it has run, where a term needs them.
         means: Unweighted losses and other values whose mean over the epoch is reported, by name.
         counts: Events counted over the epoch, by name.

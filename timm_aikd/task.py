@@ -78,7 +78,7 @@ class AikdTask(ClassificationTask):
 
         Returns:
             `loss` to descend, `output` (logits [B, C]), and the detached parts `task_loss`, `progressive_loss`,
-            `kd_loss`, `adv_loss`, `disc_loss`.
+            `kd_loss`, `features_loss`, `adv_loss`, `disc_loss`.
         """
         output = self.trainable_module(input)
         return {'output': output, **self.run.loss(input, output, target, index)}

@@ -1,4 +1,4 @@
-"""The frozen teacher at work in a training run: its logits, its T_c, and whether it is any good."""
+"""The frozen teacher at work in a training run: its logits, its features, its T_c, and whether it is any good."""
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from .config import AikdConfig
 from .errors import AikdError
+from .features import FEATURE_OPTIONS
 from .loss import top1
 from .ranks import logger
 from .state import SavedState
@@ -37,12 +38,16 @@ class Teaching(Term):
         self.teacher, self.num_features = teacher, num_features
         if num_features is not None and (theirs := teacher.watch_features()) != num_features:
             raise AikdError(
-                f'`disc_input` features: teacher {teacher.name} has {theirs} features before its classifier, the '
+                f'{FEATURE_OPTIONS}: teacher {teacher.specs[0]} has {theirs} features before its classifier, the '
                 f'student {num_features}: they must be as many; choose a teacher of the student\'s architecture')
+
+    def introduce(self) -> str:
+        """Its name, for the log, and that only its features are used."""
+        return f'{self.teacher.name} (its features alone: classes, T_c and top-1 are neither used nor checked)'
 
     def calibrate(self, batches: Batches, training: Batches | None = None) -> dict[str, float]:
         """Refused: only a teacher whose classes are used has a T_c."""
-        raise AikdError('AI-KD: no T_c to fit: with `kd_weight` 0 and `disc_input` features only features are used')
+        raise AikdError('AI-KD: no T_c to fit: with these options only the teacher\'s features are used')
 
     def leave_uncalibrated(self) -> None:
         """There is nothing to calibrate."""
@@ -52,9 +57,15 @@ class Teaching(Term):
         return []
 
     def forward(self, step: Step) -> None:
-        """Set the step's `teacher_features`."""
-        self.teacher(step.input)
-        step.teacher_features = self.teacher.take_features()
+        """Set the step's `teacher_features` and `answered`.
+
+        Raises:
+            AikdError: The student's features were not given.
+        """
+        _check_features(step)
+        step.teacher_features = self.teacher.features(step.input)
+        step.answered = step.teacher_features.float().sum(-1).isfinite()
+        step.counts['unanswered'] = ~step.answered
 
     def save(self, state: SavedState) -> None:
         """Keep which teacher it is."""
@@ -104,6 +115,10 @@ class ClassTeaching(Teaching):
         teacher.use_sigmoid(binary)
         teacher.set_temperature(temperature if isinstance(temperature, (int, float)) else 1.)
 
+    def introduce(self) -> str:
+        """Its name and T_c, for the log."""
+        return f'{self.teacher.name} at T_c {self.teacher.temperature:.3f}'
+
     def calibrate(self, batches: Batches, training: Batches | None = None) -> dict[str, float]:
         """Fit T_c to labelled validation images and judge the teacher on unaugmented training images.
 
@@ -146,6 +161,7 @@ class ClassTeaching(Teaching):
         """
         logits = self.teacher(step.input)
         if self.num_features is not None:
+            _check_features(step)
             step.teacher_features = self.teacher.take_features()
         if logits.shape != step.logits.shape:
             raise AikdError(
@@ -171,6 +187,11 @@ class ClassTeaching(Teaching):
             self.teacher.set_temperature(state.teacher_temperature)
             self.fit = {'temperature': state.teacher_temperature, **(state.teacher_metrics or {})}
             self.needs_temperature = False
+
+
+def _check_features(step: Step) -> None:
+    if step.features is None:
+        raise AikdError(f'{FEATURE_OPTIONS}: the student\'s features were not given: pass them to Aikd as `features`')
 
 
 def teaching_of(

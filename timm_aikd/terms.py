@@ -10,7 +10,7 @@ import torch.nn as nn
 from .config import AikdConfig
 from .discriminator import Discriminator
 from .errors import AikdError
-from .loss import alpha_at, binary_soft_loss, soft_loss
+from .loss import alpha_at, binary_soft_loss, feature_distance, soft_loss
 from .memory import Memory, SnapshotMemory
 from .ranks import logger
 from .state import SavedState
@@ -146,6 +146,40 @@ class Distillation(Term):
         step.means['kd'] = loss
 
 
+class FeatureDistance(Term):
+    """The student keeps the teacher's features before the classifier: the feature term.
+
+    Args:
+        config: The options.
+    """
+
+    def __init__(self, config: AikdConfig):
+        super().__init__()
+        self.weight = config.feature_weight
+
+    def describe(self) -> str:
+        """Options."""
+        return f'features ({self.weight:g})'
+
+    def forward(self, step: Step) -> None:
+        """Add the term; a sample without finite teacher features contributes 0, as the student is its own target."""
+        assert step.features is not None
+        target = torch.where(step.answered[:, None], step.teacher_features, step.features.detach())
+        loss = feature_distance(step.features, target)
+        step.loss = step.loss + self.weight * loss
+        step.means['features'] = loss
+
+
+def distances(config: AikdConfig, soft_loss: SoftLoss) -> list[Term]:
+    """The kd and feature terms, as far as they are on."""
+    terms: list[Term] = []
+    if config.has_kd:
+        terms.append(Distillation(config, soft_loss))
+    if config.has_feature_term:
+        terms.append(FeatureDistance(config))
+    return terms
+
+
 class Adversarial(Term):
     """The student learns to be taken for the teacher by the discriminator, which learns first.
 
@@ -158,7 +192,7 @@ class Adversarial(Term):
 
     def __init__(self, config: AikdConfig, width: int, binary: bool, device: torch.device | None = None):
         super().__init__()
-        self.sees_features = config.uses_features
+        self.sees_features = config.disc_input == 'features'
         self.discriminator = Discriminator(
             width, config.disc_hidden, config.disc_input, config.adv_loss, config.disc_opt, config.disc_lr,
             config.seed, binary, device)
@@ -202,8 +236,7 @@ class Adversarial(Term):
 
     def _pair(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's and the student's side of a step, as D is given them."""
-        if not self.sees_features:
-            return step.teacher_logits, step.logits
-        if step.features is None:
-            raise AikdError('`disc_input` features: the student\'s features were not given with its logits')
-        return step.teacher_features, step.features
+        if self.sees_features:
+            assert step.features is not None
+            return step.teacher_features, step.features
+        return step.teacher_logits, step.logits

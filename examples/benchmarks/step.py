@@ -30,6 +30,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 
 from timm_aikd import Aikd, AikdConfig, AikdTask, RecordFormat, StoreMemory, Teacher, load_teacher
 
+ONE_PHASE = {'kd_weight': 0., 'alpha': 0., 'adv_weight': 0., 'feature_weight': 1.}
 CASES = {  # model -> pixels, batch
     'resnet18': (64, 32),
     'resnet50': (224, 8),
@@ -38,9 +39,10 @@ CASES = {  # model -> pixels, batch
 }
 
 
-def aikd_method(name: str, student, spec: str, input, target, compiled: bool, dtype='float32', **options) -> Method:
+def aikd_method(
+        name: str, student, specs: list[str], input, target, compiled: bool, dtype='float32', **options) -> Method:
     task = AikdTask(
-        student, nn.CrossEntropyLoss(), epochs=2, teacher=load_teacher(spec, student, dtype=dtype),
+        student, nn.CrossEntropyLoss(), epochs=2, teacher=load_teacher(specs, student, dtype=dtype),
         config=AikdConfig(teacher_temperature=2., **options), verbose=False)
     index = None
     if task.aikd.memory is not None and options.get('memory') == 'store':
@@ -93,8 +95,9 @@ def builders(model: str, size: int, batch: int, compiled: bool, folder: str) -> 
     def new() -> nn.Module:
         return copy.deepcopy(student).train()
 
-    def aikd(name: str, **options) -> Method:
-        return aikd_method(name, new(), f'local-dir:{folder}', input, target, compiled, **options)
+    def aikd(name: str, teachers: int = 1, **options) -> Method:
+        specs = [f'local-dir:{folder}'] * teachers
+        return aikd_method(name, new(), specs, input, target, compiled, **options)
 
     def plain() -> Method:
         task = ClassificationTask(new(), nn.CrossEntropyLoss(), verbose=False)
@@ -124,13 +127,17 @@ def builders(model: str, size: int, batch: int, compiled: bool, folder: str) -> 
         'AI-KD, snapshot': partial(aikd, 'AI-KD, snapshot', memory='snapshot'),
         'AI-KD, store, bfloat16 teacher': partial(
             aikd, 'AI-KD, store, bfloat16 teacher', memory='store', dtype='bfloat16'),
+        'AI-KD, two teachers': partial(aikd, 'AI-KD, two teachers', teachers=2, memory='store'),
+        'AI-KD, D on features': partial(aikd, 'AI-KD, D on features', memory='store', disc_input='features'),
+        'AI-KD, one phase': partial(aikd, 'AI-KD, one phase', **ONE_PHASE),
     }
 
 
 def compare(models: list[str], threads: list[int], rounds: int, compiled: bool) -> None:
     print('| model, pixels, batch | threads | plain, ms | timm\'s kd, of plain | torchdistill\'s kd, of timm\'s | '
-          'AI-KD with kd alone | store | store, bfloat16 teacher | snapshot, of timm\'s kd + a teacher forward |')
-    print('|' + '---|' * 9)
+          'AI-KD with kd alone | store | store, bfloat16 teacher | store, D on features | feature term alone | '
+          'snapshot, of timm\'s kd + a teacher forward | store, two teachers, of the same |')
+    print('|' + '---|' * 12)
     for model in models:
         for count in threads:
             torch.set_num_threads(count)
@@ -141,11 +148,13 @@ def compare(models: list[str], threads: list[int], rounds: int, compiled: bool) 
             take_turns(list(methods.values()), rounds)
             plain, kd = methods['plain'], methods[TIMM]
             cells = [ratio(methods[name], kd) if name in methods else '' for name in (
-                'torchdistill, kd', 'AI-KD, kd', 'AI-KD, store', 'AI-KD, store, bfloat16 teacher')]
+                'torchdistill, kd', 'AI-KD, kd', 'AI-KD, store', 'AI-KD, store, bfloat16 teacher',
+                'AI-KD, D on features', 'AI-KD, one phase')]
+            cells += [ratio(methods[name], kd, methods['teacher forward']) for name in (
+                'AI-KD, snapshot', 'AI-KD, two teachers')]
             size, batch = CASES[model]
             print(f'| {model}, {size} px, {batch} | {count} | {statistics.median(plain.ms):.0f} | '
-                  f'{ratio(kd, plain)} | {" | ".join(cells)} | '
-                  f'{ratio(methods["AI-KD, snapshot"], kd, methods["teacher forward"])} |', flush=True)
+                  f'{ratio(kd, plain)} | {" | ".join(cells)} |', flush=True)
 
 
 def peaks(models: list[str]) -> None:

@@ -1,8 +1,8 @@
 """One run of accuracy.py: its task, its training and its evaluation."""
 import copy
+import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +10,48 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from images import epoch_batches, evaluation_batches, with_noise
-from methods import Run, find_method
-from peers import Aikd
-from regimes import CLASSES, OPTIMIZER, REGIMES, STUDENTS, WARMUP
+from methods import KD, METHODS, Run
+from regimes import CLASSES, LR, OPTIMIZER, REGIMES, STUDENTS, WARMUP
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from timm_aikd.calibration import area_under_risk_coverage, expected_calibration_error
+from timm_aikd import AikdTask, RecordFormat, StoreMemory
+from timm_aikd.calibration import area_under_risk_coverage, expected_calibration_error, fit_temperature
 from timm_aikd.loss import top1
 from timm_aikd.teacher import Teacher, TeacherEnsemble
 
+TIMM = {  # peers of a method
+    'TimmDistillation': partial(LogitDistillationTask, temperature=KD['temperature']),
+    'TimmFeatures': FeatureDistillationTask}  # by their squared distance
 
-def load_teacher(run: Run, weights: Callable[[Run], Path], device: torch.device) -> nn.Module | None:
-    create, models = STUDENTS[run.student].create, []
-    if run.needs_imagenet:
-        return create().to(device)
-    for teacher in run.teachers:
-        model = create()
-        model.load_state_dict(torch.load(weights(teacher), weights_only=True))
-        models.append(model.to(device))
+
+class PsKdReference(ClassificationTask):
+    """PS-KD (https://arxiv.org/abs/2006.12000) written plainly: a blended target, a dense table of probabilities."""
+
+    def __init__(self, student, criterion, alpha_final, epochs, samples):
+        super().__init__(student, criterion, verbose=False)
+        self.alpha_final, self.epochs, self.past = alpha_final, epochs, torch.zeros(samples, CLASSES)
+
+    def begin_epoch(self, epoch):
+        self.alpha = self.alpha_final * (epoch + 1) / self.epochs if epoch > 0 else 0.
+
+    def forward(self, input, target, index):
+        output = self.trainable_module(input)
+        blended = (1 - self.alpha) * F.one_hot(target, CLASSES) + self.alpha * self.past[index]
+        self.past[index] = output.detach().softmax(-1)
+        return {'loss': F.cross_entropy(output, blended)}
+
+
+def load_teacher(run: Run, weights: list[Path], device: torch.device) -> nn.Module | None:
+    """The model before fine-tuning, or the students that these files are of."""
+    models = [STUDENTS[run.student]().to(device) for _ in weights or range(run.needs_imagenet)]
+    for model, path in zip(models, weights, strict=False):
+        model.load_state_dict(torch.load(path, weights_only=True))
     if len(models) > 1:
         return TeacherEnsemble([Teacher(model) for model in models])
     return models[0] if models else None
@@ -41,73 +60,78 @@ def load_teacher(run: Run, weights: Callable[[Run], Path], device: torch.device)
 def create_task(
         run: Run, images: dict[str, TensorDataset], teacher: nn.Module | None, device: torch.device) -> nn.Module:
     """What computes the loss of a run: its student, and all that regularises it."""
-    method = find_method(run.method)
+    method, config, samples = METHODS[run.method], run.config, len(images['train'])
     torch.manual_seed(run.seed)
-    student = STUDENTS[run.student].create().to(device)
+    student = STUDENTS[run.student]().to(device)
+    criterion = LabelSmoothingCrossEntropy(method.smoothing) if method.smoothing else nn.CrossEntropyLoss()
     if method.mixup:
         criterion = SoftTargetCrossEntropy()
-    else:
-        criterion = LabelSmoothingCrossEntropy(method.smoothing) if method.smoothing else nn.CrossEntropyLoss()
-    task = (method.peer or Aikd)(student, criterion, teacher, run.config, run.epochs, len(images['train']))
-    if run.config.has_teacher and run.config.teacher_temperature == 'auto':
+    if method.peer in TIMM:
+        return TIMM[method.peer](student, teacher, criterion, distill_loss_weight=config.kd_weight, verbose=False)
+    if method.peer == 'PsKdReference':
+        return PsKdReference(student, criterion, config.alpha, run.epochs, samples)
+    task = AikdTask(student, criterion, teacher=teacher, config=config, epochs=run.epochs)
+    if task.aikd.memory is not None and config.memory == 'store':
+        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
+    if config.has_teacher and config.teacher_temperature == 'auto':
         pixels, labels = images['calibration'].tensors
         noise = REGIMES[run.regime].noise if method.noisy_calibration else 0.
         task.calibrate(evaluation_batches(TensorDataset(pixels, with_noise(labels.cpu(), noise).to(device))))
     return task
 
 
-def train(task: nn.Module, run: Run, images: dict[str, TensorDataset], bar: tqdm) -> tuple[dict, dict[str, nn.Module]]:
-    """Train the task's student.
+def train(run: Run, images: dict[str, TensorDataset], teacher: nn.Module | None,
+          device: torch.device) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """Train a student; one of no epochs is the teacher, calibrated (https://arxiv.org/abs/1706.04599).
 
     Returns:
-        For each epoch what the task says and the CPU seconds of a step; and the models by the suffix of the parts that
-        they are evaluated under.
+        The models by the suffix of the parts that they are evaluated under, and what else is known of the run.
     """
-    regime, method = REGIMES[run.regime], find_method(run.method)
-    curves, model = defaultdict(list), task.get_eval_model()
-    models = {'': model}
+    regime, method, config, facts = REGIMES[run.regime], METHODS[run.method], run.config, {}
     if run.epochs == 0:
-        return curves, models
-    data, lr = images['train'], STUDENTS[run.student].lr
-    steps = len(data) // regime.batch
+        model = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        if config.teacher_temperature == 'auto':
+            model.set_temperature(fit_temperature(*answers(model, images['calibration'])))
+        return {'': model}, facts
+    task, data, lr = create_task(run, images, teacher, device), images['train'], LR[run.student]
+    model, steps, is_timm = task.get_eval_model(), len(data) // regime.batch, method.peer in TIMM
     optimizer = create_optimizer_v2(task.get_trainable_module(), lr=lr, **OPTIMIZER)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, run.epochs * steps, pct_start=WARMUP, cycle_momentum=False)
     mixup = Mixup(num_classes=CLASSES) if method.mixup else None
     ema = ModelEmaV3(model, use_warmup=True) if method.ema else None
-    if ema is not None:
-        models[''] = ema.module
-    for epoch in range(run.epochs):
-        task.begin_epoch(epoch)
+    models, best = {'': ema.module if ema is not None else model}, -1.
+    seconds, metrics = [], []
+    for epoch in tqdm(range(run.epochs), str(run), disable=None):
+        if not is_timm:
+            task.begin_epoch(epoch)
         np.random.seed(1000 * run.seed + epoch)  # timm's Mixup draws from it
         start = time.process_time()  # other processes disturb it least
         for step, (input, target, index) in enumerate(epoch_batches(data, regime, run.seed, epoch), epoch * steps):
             if mixup is not None:
                 input, target = mixup(input, target)
-            task(input, target, index)['loss'].backward()
+            task(input, target, *[] if is_timm else [index])['loss'].backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.update(model, step)
-        curves['seconds_per_step'].append((time.process_time() - start) / steps)
-        for name, value in task.end_epoch().items():
-            curves[name].append(value)
+        seconds.append((time.process_time() - start) / steps)
+        if isinstance(task, AikdTask):
+            metrics.append(task.end_epoch())
         if regime.is_fine_tuning:
-            keep_best(models, epoch, images['validation'], curves)
+            logits, labels = answers(models[''], images['validation'])
+            accuracy = (logits.argmax(-1) == labels).double().mean().item()
+            if accuracy > best:
+                best, facts['best_epoch'], models['-best'] = accuracy, epoch, copy.deepcopy(models[''])
             model.train()
-        bar.update(len(data))
-    return curves, models
-
-
-def keep_best(models: dict[str, nn.Module], epoch: int, images: TensorDataset, curves: dict[str, list]) -> None:
-    """Copy the model where its top-1 is the best so far."""
-    logits, labels = answers(models[''], images)
-    accuracy = (logits.argmax(-1) == labels).double().mean().item()
-    if accuracy > max(curves['best'], default=-1.):
-        models['-best'] = copy.deepcopy(models[''])
-        curves['best'].append(accuracy)
-        curves['best_epoch'] = [epoch]
+    facts['seconds_per_step'] = statistics.median(seconds)
+    if metrics and config.has_teacher and not run.needs_imagenet:
+        facts.update(teacher_temperature=task.aikd.teacher.temperature, teacher_top1=metrics[0]['teacher_top1'])
+    if metrics and config.has_teacher and config.adv_weight > 0:
+        for when, epoch in (('first', 0), ('middle', run.epochs // 2), ('last', -1)):
+            facts[f'disc_{when}'] = metrics[epoch]['disc_accuracy']
+    return models, facts
 
 
 @torch.inference_mode()

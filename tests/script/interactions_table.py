@@ -112,7 +112,8 @@ ROWS = [
     # model
     Row('vision transformers, drop path', '--model test_vit --img-size 32 --drop-path 0.2',
         'a teacher of a fixed size gets the batch resized'),
-    Row('`--drop`', '--drop 0.3 --aikd-memory snapshot', 'teacher and snapshot run without'),
+    Row('`--drop`', '--drop 0.3 --aikd-memory snapshot',
+        'teacher and snapshot run without; terms on features see the student\'s after dropout'),
     Row('`--channels-last`', '--channels-last'),
     Row('', '--channels-last --aikd-memory snapshot'),
     Row('`--split-bn`', '--split-bn --resplit --reprob 0.5 --aikd-memory snapshot',

@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 from timm_aikd import AikdConfig, AikdTask, SnapshotMemory
+from timm_aikd.terms import Distillation
 
 from ..conftest import ROOT, WITHOUT_TASKS, run, training_scripts
 from .test_scripts import aikd, checkpoint, command, phase1, summary  # noqa: F401
@@ -232,7 +233,8 @@ def test_criterion_kwargs(kwargs, binary):
     task = small_task(None, criterion_kwargs=kwargs)
     assert task.run.binary == binary
     if binary:
-        assert task.aikd.distillation.soft_loss.keywords == {'sum_classes': kwargs.get('bce_sum', False)}
+        kd, = (term for term in task.aikd.terms if isinstance(term, Distillation))
+        assert kd.soft_loss.keywords == {'sum_classes': kwargs.get('bce_sum', False)}
     for epoch in range(2):
         task.begin_epoch(epoch)
         x, y = torch.randn(6, 3, 32, 32), torch.randint(0, 4, (6,))

@@ -70,7 +70,7 @@ def test_row(row, name, variant, image_folder, teachers, tmp_path, monkeypatch, 
         '--data-dir', images(image_folder, row.data) if row.data else image_folder, *SMALL_RUN, '--output', tmp_path,
         '--experiment', 'run', '--aikd', '--aikd-teacher',
         *(teachers(model, {'L': 1, 'RGBA': 4}.get(row.data, 3), seed) for seed in seeds),
-        '--aikd-disc-input', 'features' if variant == 'features' else 'log-probs',
+        *(('--aikd-disc-input', 'features', '--aikd-feature-weight', '0.5') if variant == 'features' else ()),
         '--aikd-disc-hidden', '8', '--aikd-adv-weight', '0.3', *words]
     if row.refused:
         with pytest.raises(SystemExit) as caught:

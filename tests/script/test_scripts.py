@@ -1,6 +1,7 @@
 """Training scripts, ours and timm's unmodified ones, run as a user runs them."""
 import csv
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -82,6 +83,24 @@ def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
     steps = [entry['discriminator']['optimizer']['state'][0]['step'].item() for entry in (first, state)]
     assert steps == [2 * 6, 3 * 6]
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=tmp_path / 'student/last.pth.tar')
+
+
+def test_one_phase_from_a_model_of_other_classes(train_script, image_folder, tmp_path):
+    """What a fine-tuning starts from is its teacher: no phase 1, no classes in common, no T_c."""
+    torch.manual_seed(1)
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=9), tmp_path / 'pretrained')
+    flags = ('--aikd', '--aikd-teacher', f'local-dir:{tmp_path / "pretrained"}', '--aikd-feature-weight', '3',
+             *shlex.split('--aikd-kd-weight 0 --aikd-alpha 0 --aikd-adv-weight 0'))
+    done = run(*command(train_script, image_folder, tmp_path, 'student', *flags))
+    log = done.stdout + done.stderr
+    assert 'its features alone' in log and 'T_c fitted' not in log and 'terms: features (3)' in log
+    rows = summary(tmp_path / 'student')
+    assert [float(row['train_aikd_features']) > 0 for row in rows] == [True, True]
+    again = run(*command(
+        train_script, image_folder, tmp_path, 'again', *flags, '--epochs', '3', '--resume',
+        tmp_path / 'student/last.pth.tar'))
+    assert 'start fresh' not in again.stdout + again.stderr
+    assert [row['epoch'] for row in summary(tmp_path / 'again')] == ['2']
 
 
 def test_yaml_config_and_the_explicit_launcher(train_script, image_folder, phase1, tmp_path):

@@ -27,7 +27,8 @@ def test_an_epoch_through_the_seams():
             metrics = script.globals['train_one_epoch'](epoch, Net(5, 3), batches(), None, parsed, task=task)
             columns.append(list(metrics))
         assert columns[0] == columns[1] == ['loss'] + [f'aikd_{name}' for name in (
-            'task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'teacher_top1', 'alpha', 'disc_skipped')]
+            'task', 'progressive', 'kd', 'features', 'adv', 'disc', 'disc_accuracy', 'teacher_top1', 'alpha',
+            'disc_skipped')]
         assert metrics['aikd_alpha'] == pytest.approx(parsed.aikd_alpha * 2 / 3) and task.aikd.epoch == 1
         evaluated = script.globals['validate'](task.trainable_module, batches(), nn.CrossEntropyLoss(), parsed)
         assert list(evaluated) == ['loss', 'ece', 'aurc']

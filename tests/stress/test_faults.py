@@ -287,7 +287,7 @@ def test_a_teacher_that_gives_no_finite_answer(tiny_net, caplog, wrong, binary):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
     metrics = job.task.end_epoch()
     message, = caplog.messages
-    assert 'epoch 0: the teacher had no finite logits for 2 of 6 samples' in message and '`teacher_dtype`' in message
+    assert 'epoch 0: the teacher had no finite answer for 2 of 6 samples' in message and '`teacher_dtype`' in message
     assert metrics['disc_skipped'] == skips and metrics['kd'] == pytest.approx(result['kd_loss'].item())
     assert all(metrics[name] < 10 for name in ('task', 'kd', 'disc'))
 

@@ -76,8 +76,19 @@ def ramp(epoch: int, warmup: float) -> float:
     return min(epoch / warmup, 1) if warmup else 1.
 
 
-def total(parts: dict, alpha: float, kd_weight: float, adv_weight: float) -> torch.Tensor:
-    return ((1 - alpha) * parts['task'] + alpha * parts['progressive'] + kd_weight * parts['kd']
+def feature_distance(features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
+    return (layer_norm(features) - layer_norm(teacher_features)).square().mean(-1)
+
+
+def total(
+        parts: dict,
+        alpha: float,
+        kd_weight: float,
+        adv_weight: float,
+        feature_weight: float = 0.,
+) -> torch.Tensor:
+    of_features = feature_weight * parts['features'] if feature_weight else 0.
+    return ((1 - alpha) * parts['task'] + alpha * parts['progressive'] + kd_weight * parts['kd'] + of_features
             + adv_weight * parts['adv'])
 
 
@@ -122,8 +133,12 @@ class RunOracle:
             'kd': soft_loss(teacher_logits(aikd.teacher, input, binary), config.temperature).mean(),
             'adv': adv_loss(scores).mean(),
         }
+        if config.feature_weight:
+            aikd.teacher(input)
+            parts['features'] = feature_distance(features, aikd.teacher.take_features()).mean()
         adv_weight = config.adv_weight * ramp(self.epoch, config.adv_warmup)
-        return total(parts, alpha_at(self.epoch, aikd.epochs, config.alpha), config.kd_weight, adv_weight)
+        alpha = alpha_at(self.epoch, aikd.epochs, config.alpha)
+        return total(parts, alpha, config.kd_weight, adv_weight, config.feature_weight)
 
     def past(self, input, fresh, index) -> tuple[torch.Tensor, torch.Tensor]:
         """The previous epoch's predictions and which samples have one; the fresh predictions are kept for the next."""

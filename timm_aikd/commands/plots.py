@@ -22,6 +22,7 @@ COLUMNS = {  # of summary.csv -> title of a panel; each has a scale of its own
     'train_aikd_task': 'training: task loss',
     'train_aikd_progressive': 'training: progressive term',
     'train_aikd_kd': 'training: kd term',
+    'train_aikd_features': 'training: feature term',
     'train_aikd_adv': 'training: adversarial term',
     'train_aikd_disc': 'training: discriminator loss',
     'train_aikd_disc_accuracy': 'training: discriminator accuracy',

@@ -59,7 +59,7 @@ def check_arguments(args: argparse.Namespace) -> AikdConfig:
     _check_conflicts(args)
     if config.has_teacher:
         _check_teachers(config, args)
-    if config.has_teacher and config.adv_weight > 0:
+    if config.has_adversary:
         _check_optimizer(config)
     if config.alpha > 0:
         _check_memory(config, args)

@@ -73,7 +73,7 @@ def match_classes(
         return None
     raise AikdError(
         f'{teacher}: has {teacher_classes} classes, the {student} has {student_classes}; '
-        + _remedy(teacher_classes, ours, names, len(class_names or ())))
+        + _remedy(teacher_classes, ours, names, len(class_names or ())) + _other_use(student))
 
 
 def _found(ours: list[str], namings: Iterator[dict[str, int]]) -> tuple[list[int] | None, int]:
@@ -118,6 +118,10 @@ def _remedy(teacher_classes: int, ours: list[str], theirs: list[str], in_data: i
     return (
         f'{_difference(ours, theirs)}: train or choose a model of these classes, or name them as it does (folders, '
         f'--class-map)')
+
+
+def _other_use(student: str) -> str:
+    return '; or use features alone, see `kd_weight`' if student == 'student' else ''
 
 
 def _difference(ours: list[str], theirs: list[str]) -> str:

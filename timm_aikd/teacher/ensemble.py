@@ -68,6 +68,10 @@ class TeacherEnsemble(Teacher):
         """The first member's features; see `Teacher.take_features`."""
         return self.members[0].take_features()
 
+    def features(self, input: torch.Tensor) -> torch.Tensor:
+        """The first member's features; the others do not run."""
+        return self.members[0].features(input)
+
     @torch.no_grad()
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] / T_c in float32, in the student's class order, for the student's input."""

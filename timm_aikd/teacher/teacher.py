@@ -84,13 +84,18 @@ class Teacher(nn.Module):
         Raises:
             AikdError: The model has no classifier to take them before.
         """
-        self._tap = FeatureTap(self.model, f'teacher {self.name}')
+        self._tap = FeatureTap(self.model, self.name if self.name == 'teacher' else f'teacher {self.name}')
         return self._tap.width
 
     def take_features(self) -> torch.Tensor:
         """The features [B, F] of the last forward."""
         assert self._tap is not None
         return self._tap.take()
+
+    def features(self, input: torch.Tensor) -> torch.Tensor:
+        """The features [B, F] for the student's input; of several teachers only the first one runs."""
+        self(input)
+        return self.take_features()
 
     def set_temperature(self, temperature: float) -> None:
         """Divide the logits by another T_c, a number > 0, from now on."""

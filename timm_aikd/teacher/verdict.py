@@ -3,8 +3,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-# "Teachers and gains" of examples/results/README.md: the NLL fell with every gap of 12.8 points and more, and beyond
-# the noise with none of 2.8 points and less. No teacher needed a T_c above 1.9.
+# "Teachers and gains" of examples/results/README.md: the NLL fell with every gap of 12.8 points and more. With gaps of
+# 2.8 points and less it fell beyond the noise only where training labels were wrong. No teacher needed a T_c above 1.9.
 PAYS, COSTS = 12.8, 2.8
 _HIGHEST_TEMPERATURE = 2.5
 _SLACK = 5.  # points of top-1 by which a checkpoint's own metric may differ
@@ -25,7 +25,8 @@ def verdict(fit: Mapping[str, float]) -> str:
         meaning = 'cannot tell, our runs had no such gap'
     elif gap > -COSTS:
         meaning = (
-            'expect no gain if the training labels are right, for plain training underfits: more epochs help more')
+            'expect no gain if the training labels are right, for plain training underfits: more epochs help more; if '
+            'many are wrong, expect one')
     else:
         meaning = (
             'the teacher disagrees with more training labels than validation labels, so look for wrong or very hard '
