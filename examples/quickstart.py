@@ -11,8 +11,8 @@ with right training labels, and with 30 % of them drawn anew, as in data that no
     phase 1   train.py                                       plain training: the baseline, and the teacher of phase 2
     phase 2   train.py --aikd --aikd-teacher PHASE-1-FOLDER  the same seed, and so the same initial weights and batches
 
-after which both are measured on the test images. Everything is written below --output: the images, one folder and one
-log for each run, and curves.png.
+after which both are measured on the test images. With so few steps, a teacher of half the epochs would underfit.
+Everything is written below --output: the images, one folder and one log for each run, and curves.png.
 """
 import argparse
 import csv

@@ -2,11 +2,12 @@
 """What AI-KD gains, and whether it is noise: Fashion-MNIST, fine-tuned and from scratch, all methods on one footing.
 
     apt install dataset-fashion-mnist && pip install 'timm-aikd[examples]'
-    python examples/benchmarks/accuracy.py --regimes small      # hours; stop and start again at will, or two at once
+    python examples/benchmarks/accuracy.py --regimes small      # hours; stop and start again at will
     python examples/benchmarks/accuracy.py --report             # Markdown tables of the runs that are there
 
-For every regime, student and seed, plain training (`ce`) is phase 1, and its last weights are the teacher. All methods
-start from the same initial weights, see the same batches and use the same optimizer, so that differences are paired.
+For every regime, student and seed, plain training is phase 1, and its last weights are the teacher: for half the epochs
+(`ce-half`) or for all (`ce`). All methods start from the same initial weights, see the same batches and use the same
+optimizer, so that differences are paired.
 The 60,000 training images, in a fixed order, are the pool that the regimes draw from (50,000), images to fit T_c on
 (2,000) and validation images (8,000), whose labels are always the true ones. Settings are chosen on the validation
 images, `--report --on validation`; the 10,000 test images are for the report.
@@ -45,7 +46,7 @@ def train_all(runs: list[Run], results: list[Path], folder: Path, device: torch.
     """Train, evaluate and keep whatever is missing; rows go to the first of the results, weights of teachers beside."""
     if results[0].exists() and results[0].read_text().partition('\n')[0] != ','.join(COLUMNS):
         sys.exit(f'error: {results[0]} has other columns than this script writes: give --results another file')
-    images, known = load_images(folder), set(read_rows(path for path in results if path.exists()))
+    images, known = load_images(folder), set(read_rows(path for path in results if path.exists()).digest)
     images_of = cache(lambda regime: regime_images(REGIMES[regime], images, device))
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     environment = (f'{where}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, '
@@ -72,25 +73,26 @@ def train_all(runs: list[Run], results: list[Path], folder: Path, device: torch.
             weights(run).parent.mkdir(exist_ok=True)
             torch.save(models[''].state_dict(), f'{weights(run)}.tmp')
             os.replace(f'{weights(run)}.tmp', weights(run))
-        if (run.digest, 'test') not in known:  # else only the weights were gone
+        if run.digest not in known:  # else only the weights were gone
             with open(results[0], 'a', newline='') as file:  # written at once: another process may append too
                 writer = csv.DictWriter(file, COLUMNS, restval='nan', lineterminator='\n')
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerows(rows)
-            known.update((row['digest'], row['part']) for row in rows)
+            known.add(run.digest)
         print(f'{run}: ' + ', '.join(f'{label} {rows[0][name]:{form}}' for name, (label, form) in METRICS.items()),
               flush=True)
 
     for run in runs:
-        if (run.digest, 'test') not in known:
+        if run.digest not in known:
             finish(run)
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--report', action='store_true', help='train nothing: tables of what is there')
 parser.add_argument('--on', choices=PARTS, default='test', help='with --report: of these images (default: test)')
-parser.add_argument('--picture', type=Path, metavar='PNG', help='with --report: AI-KD minus the other methods')
+parser.add_argument('--minus', choices=[*METHODS, 'ce-ts'], default='ce', metavar='NAME',
+                    help='with --report: the method that the others are compared with (default: ce)')
 parser.add_argument('--methods', nargs='+', choices=METHODS, metavar='NAME',
                     help=f'of {", ".join(METHODS)} (default: all that are meant for the regime)')
 for name, choices in (('regimes', REGIMES), ('students', STUDENTS)):
@@ -99,14 +101,14 @@ for name, choices in (('regimes', REGIMES), ('students', STUDENTS)):
 parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help='default: 0 to 4, in full 0 and 1')
 parser.add_argument('--epochs-scale', type=float, default=1., metavar='X', help='multiplies the epochs, for trials')
 parser.add_argument('--data', type=Path, default=Path('/usr/share/datasets/fashion-mnist'), metavar='FOLDER',
-                    help='with the four files of Fashion-MNIST, .gz or not (default: %(default)s)')
+                    help='with the four .gz files of Fashion-MNIST (default: %(default)s)')
 parser.add_argument('--results', type=Path, nargs='+', default=[Path('accuracy.csv')], metavar='FILE',
                     help='CSV of the runs, weights of teachers beside it, and others to read (default: accuracy.csv)')
 parser.add_argument('--device', default='cpu', help='to train on (default: cpu)')
 parser.add_argument('--threads', type=int, default=1, metavar='N', help='to compute with (default: 1)')
 
 
-def select(args: argparse.Namespace) -> list[Run]:
+def select_runs(args: argparse.Namespace) -> list[Run]:
     """The runs that the command line names, as far as they are possible."""
     runs = []
     for name, student in itertools.product(args.regimes, args.students):
@@ -122,13 +124,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger('timm_aikd').setLevel(logging.ERROR)
-    runs = select(args)
+    runs = select_runs(args)
     if not args.report:
         return train_all(runs, args.results, args.data, torch.device(args.device))
     for path in args.results:
         if not path.is_file():
             parser.error(f'--results {path}: no such file')
-    report(runs, args.on, read_rows(args.results), args.picture)
+    report(runs, args.on, read_rows(args.results), args.minus)
 
 
 if __name__ == '__main__':

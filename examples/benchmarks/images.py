@@ -14,8 +14,7 @@ MEAN, STD = 72.9, 90.  # of the training images' pixels, 0 to 255
 def read_images(folder: Path, name: str) -> TensorDataset:
     """Two files of the MNIST family, whose heads have 16 and 8 bytes."""
     def read(kind, head):
-        path = folder / f'{name}-{kind}-ubyte'
-        data = path.read_bytes() if path.is_file() else gzip.decompress(Path(f'{path}.gz').read_bytes())
+        data = gzip.decompress((folder / f'{name}-{kind}-ubyte.gz').read_bytes())
         return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head)
 
     try:

@@ -9,42 +9,25 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from images import epoch_batches, evaluation_batches, with_noise
+from images import epoch_batches, evaluation_batches
 from methods import KD, METHODS, Run
 from regimes import CLASSES, LR, OPTIMIZER, REGIMES, STUDENTS, WARMUP
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
+from timm.task import FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from timm_aikd import AikdTask, RecordFormat, StoreMemory
-from timm_aikd.calibration import area_under_risk_coverage, expected_calibration_error, fit_temperature
+from timm_aikd.calibration import area_under_risk_coverage, expected_calibration_error
 from timm_aikd.loss import top1
 from timm_aikd.teacher import Teacher, TeacherEnsemble
 
 TIMM = {  # peers of a method
     'TimmDistillation': partial(LogitDistillationTask, temperature=KD['temperature']),
     'TimmFeatures': FeatureDistillationTask}  # by their squared distance
-
-
-class PsKdReference(ClassificationTask):
-    """PS-KD (https://arxiv.org/abs/2006.12000) written plainly: a blended target, a dense table of probabilities."""
-
-    def __init__(self, student, criterion, alpha_final, epochs, samples):
-        super().__init__(student, criterion, verbose=False)
-        self.alpha_final, self.epochs, self.past = alpha_final, epochs, torch.zeros(samples, CLASSES)
-
-    def begin_epoch(self, epoch):
-        self.alpha = self.alpha_final * (epoch + 1) / self.epochs if epoch > 0 else 0.
-
-    def forward(self, input, target, index):
-        output = self.trainable_module(input)
-        blended = (1 - self.alpha) * F.one_hot(target, CLASSES) + self.alpha * self.past[index]
-        self.past[index] = output.detach().softmax(-1)
-        return {'loss': F.cross_entropy(output, blended)}
 
 
 def load_teacher(run: Run, weights: list[Path], device: torch.device) -> nn.Module | None:
@@ -60,39 +43,30 @@ def load_teacher(run: Run, weights: list[Path], device: torch.device) -> nn.Modu
 def create_task(
         run: Run, images: dict[str, TensorDataset], teacher: nn.Module | None, device: torch.device) -> nn.Module:
     """What computes the loss of a run: its student, and all that regularises it."""
-    method, config, samples = METHODS[run.method], run.config, len(images['train'])
+    method, config = METHODS[run.method], run.config
     torch.manual_seed(run.seed)
     student = STUDENTS[run.student]().to(device)
-    criterion = LabelSmoothingCrossEntropy(method.smoothing) if method.smoothing else nn.CrossEntropyLoss()
-    if method.mixup:
-        criterion = SoftTargetCrossEntropy()
+    criterion = SoftTargetCrossEntropy() if method.mixup else nn.CrossEntropyLoss(label_smoothing=method.smoothing)
     if method.peer in TIMM:
         return TIMM[method.peer](student, teacher, criterion, distill_loss_weight=config.kd_weight, verbose=False)
-    if method.peer == 'PsKdReference':
-        return PsKdReference(student, criterion, config.alpha, run.epochs, samples)
     task = AikdTask(student, criterion, teacher=teacher, config=config, epochs=run.epochs)
     if task.aikd.memory is not None and config.memory == 'store':
-        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), samples))
+        task.aikd.use_memory(StoreMemory(RecordFormat(CLASSES), len(images['train'])))
     if config.has_teacher and config.teacher_temperature == 'auto':
-        pixels, labels = images['calibration'].tensors
-        noise = REGIMES[run.regime].noise if method.noisy_calibration else 0.
-        task.calibrate(evaluation_batches(TensorDataset(pixels, with_noise(labels.cpu(), noise).to(device))))
+        task.calibrate(evaluation_batches(images['calibration']))
     return task
 
 
 def train(run: Run, images: dict[str, TensorDataset], teacher: nn.Module | None,
           device: torch.device) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """Train a student; one of no epochs is the teacher, calibrated (https://arxiv.org/abs/1706.04599).
+    """Train a student; one of no epochs is the teacher.
 
     Returns:
         The models by the suffix of the parts that they are evaluated under, and what else is known of the run.
     """
     regime, method, config, facts = REGIMES[run.regime], METHODS[run.method], run.config, {}
     if run.epochs == 0:
-        model = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        if config.teacher_temperature == 'auto':
-            model.set_temperature(fit_temperature(*answers(model, images['calibration'])))
-        return {'': model}, facts
+        return {'': teacher}, facts
     task, data, lr = create_task(run, images, teacher, device), images['train'], LR[run.student]
     model, steps, is_timm = task.get_eval_model(), len(data) // regime.batch, method.peer in TIMM
     optimizer = create_optimizer_v2(task.get_trainable_module(), lr=lr, **OPTIMIZER)

@@ -56,11 +56,11 @@ def test_inert_without_the_flag(train_script, image_folder, tmp_path):
 def test_trains_resumes_and_logs(train_script, image_folder, phase1, tmp_path):
     done = run(*command(train_script, image_folder, tmp_path, 'student', *aikd(phase1), '--model-ema'))
     log = done.stdout + done.stderr
-    assert 'teacher top-1' in log and 'T_c fitted to them' in log and 'progressive (alpha to 0.3' in log
+    assert 'teacher top-1' in log and 'T_c fitted to them' in log and 'progressive (alpha to 0.8' in log
     assert 'memory store, 36 samples with 3 of 3 log-probabilities' in log
     assert (tmp_path / 'student/aikd-memory-1.safetensors').is_file()
     rows = summary(tmp_path / 'student')
-    assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.3
+    assert len(rows) == 2 and float(rows[1]['train_aikd_alpha']) == 0.8
     for column in ('task', 'progressive', 'kd', 'adv', 'disc', 'disc_accuracy', 'disc_skipped', 'teacher_top1'):
         assert float(rows[1][f'train_aikd_{column}']) >= 0
     assert all(float(rows[1][name]) > 0 for name in ('eval_ece', 'eval_aurc'))
@@ -327,7 +327,7 @@ def test_resume_auto_stop_epoch_and_milestones(script_with_auto, image_folder, p
     rows, after = summary(folder), checkpoint(folder)['task_state']['aikd']
     assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
     alphas = [float(row['train_aikd_alpha']) for row in rows]
-    assert alphas[1:] == pytest.approx([0.3 * epoch / 4 for epoch in (2, 3, 4)])  # of --epochs, not of --stop-epoch
+    assert alphas[1:] == pytest.approx([0.8 * epoch / 4 for epoch in (2, 3, 4)])  # of --epochs, not of --stop-epoch
     assert after['teacher_temperature'] == before['teacher_temperature']
     steps = [state['discriminator']['optimizer']['state'][0]['step'].item() for state in (before, after)]
     assert steps == [2 * 6, 4 * 6]
