@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 CLASSES, PIXELS = 10, 28
 PARTS = ('test', 'validation')
+Images = dict[str, TensorDataset]  # by name: the parts, `train` and `calibration`
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,7 @@ class Regime:
     batch: int  # what is left over is dropped
     noise: float = 0.  # share of the labels redrawn uniformly from all ten classes: a tenth of them stays true
     augment: bool = False  # flip, and crop after a padding of a fourteenth
-    pixels: int = PIXELS  # height and width
-    test: int = 10_000  # images to evaluate on
-    validation: int = 8_000
-    is_fine_tuning: bool = False  # of ImageNet weights; keeps the epoch with the best top-1 on validation images too
+    is_fine_tuning: bool = False  # of ImageNet weights, at 64 pixels; on fewer images; keeps the best epoch too
 
 
 def lite0() -> nn.Module:
@@ -59,8 +57,7 @@ def vit() -> nn.Module:
         embed_dim=48, depth=4, num_heads=3, class_token=False, global_pool='avg')
 
 
-FINE_TUNING = {'student': lite0, 'lr': 1e-3, 'batch': 32, 'augment': True, 'pixels': 64, 'test': 5_000,
-               'validation': 2_000, 'is_fine_tuning': True}
+FINE_TUNING = {'student': lite0, 'lr': 1e-3, 'batch': 32, 'augment': True, 'is_fine_tuning': True}
 REGIMES = {
     'fine-tune': Regime(per_class=100, epochs=15, **FINE_TUNING),
     'fine-tune-noisy': Regime(per_class=200, epochs=12, noise=0.3, **FINE_TUNING),
@@ -81,10 +78,12 @@ def read_images(folder: Path, name: str) -> TensorDataset:
     return TensorDataset(read('images-idx3', 16).view(-1, 1, PIXELS, PIXELS), read('labels-idx1', 8).long())
 
 
-def load_images(regime: Regime, folder: Path, device: torch.device) -> dict[str, TensorDataset]:
+def load_images(regime: Regime, folder: Path, device: torch.device) -> Images:
     """What a regime trains and evaluates on, in its size on the device, the same for all seeds and methods."""
+    size, test_count, validation_count = (64, 5_000, 2_000) if regime.is_fine_tuning else (PIXELS, 10_000, 8_000)
+
     def fitted(pixels, labels):
-        pixels = F.interpolate(pixels.float(), [regime.pixels] * 2, mode='bilinear').round_().byte()
+        pixels = F.interpolate(pixels.float(), [size, size], mode='bilinear').round_().byte()
         return TensorDataset(pixels.to(device), labels.to(device))
 
     train, test = read_images(folder, 'train'), read_images(folder, 't10k')
@@ -96,7 +95,7 @@ def load_images(regime: Regime, folder: Path, device: torch.device) -> dict[str,
     redrawn = torch.randperm(len(labels), generator=generator)[:round(regime.noise * len(labels))]
     labels[redrawn] = torch.randint(CLASSES, (len(redrawn),), generator=generator)
     return {'train': fitted(pixels, labels), 'calibration': fitted(*train[calibration]),
-            'validation': fitted(*train[validation[:regime.validation]]), 'test': fitted(*test[:regime.test])}
+            'validation': fitted(*train[validation[:validation_count]]), 'test': fitted(*test[:test_count])}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -126,6 +125,5 @@ def epoch_batches(images: TensorDataset, regime: Regime, seed: int, epoch: int) 
 
 def evaluation_batches(images: TensorDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Input and target of all images in turn."""
-    pixels, labels = images.tensors
-    size = 1000 if pixels.shape[-1] == PIXELS else 50
-    return zip(map(normalise, pixels.split(size)), labels.split(size), strict=True)
+    pixels, labels = (tensor.split(100) for tensor in images.tensors)
+    return zip(map(normalise, pixels), labels, strict=True)
