@@ -75,6 +75,7 @@ METHODS = {
         'disc-features-0.1': {'adv_weight': 0.1},
         'disc-features-0.1-slow': {'adv_weight': 0.1, 'disc_lr': 1e-4},
         'disc-features-0.1-small': {'adv_weight': 0.1, 'disc_hidden': (32,)},
+        'disc-features-0.3-small': {'adv_weight': 0.3, 'disc_hidden': (32,)},
         'disc-features-0.1-penalty': {'adv_weight': 0.1, 'adv_loss': 'wgan-gp'}}.items()},
 }
 
