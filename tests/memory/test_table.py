@@ -76,8 +76,10 @@ def _rank_exchanges(rank, argument):
     table.CHUNK_BYTES = chunk * len(hosts) * RECORD.itemsize
     mine = HostTable(RECORD, 40, folder, host=hosts[rank])
     index, made = visits(rank)
-    mine.merge(index, made)
-    torch.distributed.barrier()
+    for turn in range(len(hosts)):  # to merge is to read and then write: ranks of a host must not do it at once
+        if turn == rank:
+            mine.merge(index, made)
+        torch.distributed.barrier()
     mine.exchange(np.unique(index))
     return content(mine)
 

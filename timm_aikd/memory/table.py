@@ -76,7 +76,10 @@ class HostTable:
         self._opaque[index] = records.view(self._opaque.dtype)
 
     def merge(self, index: np.ndarray, records: np.ndarray) -> None:
-        """Overwrite the records of different samples `index` [B] where the given ones are newer."""
+        """Overwrite the records of different samples `index` [B] where the given ones are newer.
+
+        It reads, then writes: ranks that share the table must not do it at once.
+        """
         newer = records['version'] > self.records['version'][index]
         self.write(index[newer], records[newer])
 
