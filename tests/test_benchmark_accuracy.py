@@ -112,6 +112,7 @@ def test_the_others_train_as_they_should(images, tmp_path):
 @pytest.mark.parametrize('arguments, text', [
     (('--data', 'nowhere'), 'nowhere/train-images-idx3-ubyte.gz: no such file: apt install dataset-fashion-mnist'),
     (('--report', '--results', 'nowhere.csv'), 'nowhere.csv: no such file'),
+    (('--results', 'a.csv', 'b.csv'), 'several files with --report only'),
     (('--methods', 'nothing'), "invalid choice: 'nothing'"),
     (('--methods', 'distance-3'), 'distance-3: only where ImageNet weights are fine-tuned'),
 ])

@@ -98,8 +98,7 @@ def summary(rows: pd.DataFrame, columns: dict[str, tuple[str, str]], reference: 
         return f'**{cell}**' if sign and abs(mean[key]) > spread[key] else cell
 
     table = pd.Series({key: text(key) if n[key] else '' for key in values}).unstack(0)
-    table['n'] = n[next(iter(columns))].astype(str)
-    table['method'] = table.index
+    table = table.assign(n=n[next(iter(columns))].astype(str), method=table.index)
     chosen = [name for name in rows.method.unique() if n[:, name].any() and name != reference]
     return table.loc[chosen, ['method', 'n', *columns]].rename(columns={name: columns[name][0] for name in columns})
 
@@ -176,10 +175,11 @@ def main() -> None:
             if REGIMES[regime].is_fine_tuning or METHODS[method].teacher != 'imagenet']
     if not runs:
         parser.error(f'--methods {" ".join(args.methods)}: only where ImageNet weights are fine-tuned, in fine-tune*')
+    if len(args.results) > 1 and not args.report:
+        parser.error('--results takes several files with --report only: new rows go to one')
     for path in args.results if args.report else [args.data / 'train-images-idx3-ubyte.gz']:
         if not path.is_file():
-            remedy = '' if args.report else ': apt install dataset-fashion-mnist'
-            parser.error(f'{path}: no such file{remedy}')
+            parser.error(f'{path}: no such file' + ('' if args.report else ': apt install dataset-fashion-mnist'))
     if args.report:
         report(runs, args.on, pd.concat(map(pd.read_csv, args.results)), args.minus)
     else:
