@@ -100,7 +100,7 @@ def test_commands(tmp_path):
         assert {'README.md', 'config.json', 'model.safetensors'} <= set(published.files(published.commit('main')))
     assert len(ran) == 5
     evaluated = next(output for command, output in ran.items() if command.startswith('timm-aikd evaluate'))
-    assert all(name in evaluated for name in ('out/phase1', 'out/phase2', 'hf-hub:timm/resnet50.a1_in1k'))
+    assert all(f'| {name} |' in evaluated for name in ('out/phase1', 'out/phase2'))
     for folder in ('output', 'out/phase2'):
         summary, = (tmp_path / folder).rglob('summary.csv')
         assert 'train_aikd_kd' in summary.read_text().splitlines()[0]
@@ -131,7 +131,6 @@ def run_example(text: str, names: dict, epochs: int) -> int:
 
 def test_the_loop_of_the_readme_resumes(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path('out').mkdir()
     loop, = blocks('python')
     assert run_example(loop, names, epochs=2) == 6
     first = names['task']

@@ -49,7 +49,7 @@ class AikdConfig:
         2., 'tau of the kd term: 1 compares the probabilities as they are, large values the logits',
         low=0, open_low=True, metavar='T')
     alpha: float = _option(
-        0.8, 'weight of the progressive term in the last epoch, where it has grown to from 0; 0: no memory, '
+        0.8, 'weight of the progressive term in the last epoch, to which it grows from 0; 0: no memory, '
         '1: the targets are ignored at the end', low=0, high=1, metavar='A')
     progressive_temperature: float = _option(
         4., 'tau_p of the progressive term; 1 is PS-KD, larger values compare the less likely classes too',

@@ -286,10 +286,13 @@ def test_an_imagenet_model_on_some_of_its_classes(tmp_path, command):
     (['RUN', 'DATA', '--plot', 'x.jpeg'], '--plot x.jpeg: name a file that ends in .png'),
     (['RUN', 'OTHER'], 'has no folder validation, but others: name the split, such as --split test'),
     (['NARROW', 'DATA'], 'has 2 classes, the data set has 3'),
+    (['RUN', 'NARROW', 'DATA'], 'has 2 classes, the data set has 3'),
+    (['RUN', 'no_such_model', 'DATA'], 'no_such_model: no such file, folder or timm model'),
 ])
 def test_what_cannot_be_evaluated_is_said_in_one_line(
         image_folder, tmp_path, monkeypatch, command, arguments, fragment):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictions, 'of', lambda _: pytest.fail('a model was run'))
     for name, classes in (('run', 3), ('narrow', 2)):
         save_for_hf(timm.create_model('test_resnet', num_classes=classes), name, safe_serialization=True)
     for split in ('train', 'test'):

@@ -8,13 +8,13 @@ import torch
 from ..calibration import fit_temperature
 from ..errors import AikdError
 from ..teacher.check import better_than_chance
-from .predictions import Predictions, outputs_on_data, scale_crosswise
+from .predictions import Outputs, Predictions, outputs_on_data, scale_crosswise
 
 DESCRIPTION = (
     'Top-1, top-5, negative log-likelihood (NLL), expected calibration error (ECE) and area under the risk-coverage '
     'curve (AURC) of models on a labelled data set: one row each, and their reliability diagrams. A model is fed as it '
     'was trained or recommends; its classes are matched with those of the data by name.')
-EXAMPLE = 'timm-aikd evaluate out/phase1 out/phase2 hf-hub:timm/resnet50.a1_in1k DATA --calibrate'
+EXAMPLE = 'timm-aikd evaluate out/phase1 out/phase2 DATA --calibrate'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +48,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     _check(args)
     plot = _plot_path(args.plot)
+    opened = [outputs_on_data(spec, args) for spec in args.models]  # what is wrong with any ends it here
     rows: dict[str, Predictions] = {}
-    for spec in args.models:
-        rows.update(_rows(spec, args))
+    for spec, outputs in zip(args.models, opened, strict=True):
+        rows.update(_rows(spec, outputs, args))
     print(table(rows, args.bins))
     if args.calibrate:
         print(
@@ -89,8 +90,7 @@ def _check(args: argparse.Namespace) -> None:
             f'accelerate launch')
 
 
-def _rows(spec: str, args: argparse.Namespace) -> dict[str, Predictions]:
-    outputs = outputs_on_data(spec, args)
+def _rows(spec: str, outputs: Outputs, args: argparse.Namespace) -> dict[str, Predictions]:
     batches = list(outputs) if args.calibrate else outputs  # all logits are kept only where they are needed
     rows = {spec: Predictions.of(batches)}
     correct, classes = rows[spec].correct, rows[spec].classes

@@ -105,6 +105,8 @@ def scale_crosswise(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def outputs_on_data(spec: str, args: argparse.Namespace) -> Iterator[Any]:
     """The outputs of a model on the command line's data set; of models joined by + those of their mean probabilities.
 
+    The model runs, and moves to the device, when the first output is asked for.
+
     Raises:
         AikdError: A model, device or data cannot be used, or do not fit each other.
     """
@@ -154,8 +156,12 @@ def _outputs_of_one(spec: str, args: argparse.Namespace) -> Iterator[Any]:
         persistent_workers=False,
         device=device,
     )
-    progress = tqdm(loader, desc=spec, unit='batch', disable=None)  # None: only on a terminal
-    return outputs_of(model.to(device), progress, None if columns is None else torch.tensor(columns))
+
+    def predict() -> Iterator[Any]:
+        progress = tqdm(loader, desc=spec, unit='batch', disable=None)  # None: only on a terminal
+        yield from outputs_of(model.to(device), progress, None if columns is None else torch.tensor(columns))
+
+    return predict()
 
 
 def _device(name: str) -> torch.device:
