@@ -170,7 +170,7 @@ def train(args, labels, phase, seed, bar, *options):
         '--output', folder.parent, '--experiment', folder.name, '--seed', seed, '--device', args.device,
         '--model', args.model, '--num-classes', 10, '--in-chans', args.channels, '--input-size', *images['input_size'],
         '--mean', *images['mean'], '--std', *images['std'], '--crop-pct', 1, '--interpolation', 'bicubic', '--no-aug',
-        '--smoothing', 0, '--workers', 1, '--batch-size', args.batch, '--validation-batch-size', 100,
+        '--smoothing', 0, '--channels-last', '--workers', 1, '--batch-size', args.batch, '--validation-batch-size', 100,
         '--opt', 'adamw', '--lr', args.lr, '--weight-decay', 0.05,
         '--epochs', args.epochs, '--warmup-epochs', args.warmup, '--checkpoint-hist', 1, *options,
     ]
