@@ -200,6 +200,7 @@ ROWS = [
     Row('`--torchscript`', '--torchscript', refused='use --torchcompile', only='--torchscript'),
     Row('`--naflex-loader`', '--naflex-loader', refused='use a model and loader of fixed-size images',
         only='--naflex-loader'),
-    Row('`--eval-metric ece`, `aurc`', '--eval-metric ece', refused='allowed is loss, top1, top5'),
+    Row('`--eval-metric ece`, `aurc`', '--eval-metric ece', refused='allowed is loss, top1, top5',
+        only='EVAL_METRIC'),
     Row('`--amp-impl apex`', '--amp-impl apex', refused='use --amp-impl native', only='--amp-impl'),
 ]
